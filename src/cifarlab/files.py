@@ -1,0 +1,110 @@
+"""Every write to disk goes through here: whole or not at all, flushed, renamed, locked.
+
+A file is written under a temporary name in its own folder, flushed to the disk, and renamed over the final name.
+So a reader sees the old bytes or the new ones, never half of either, whatever stops the process or fills the disk.
+All writes in one module also means that faults can be injected in one place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from cifarlab.errors import StorageError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def explain(action: str, path: Path, error: OSError) -> StorageError:
+    """The sentence for an operating-system error: what failed, where, why, and what to do."""
+    advice = {
+        errno.ENOSPC: "the disk is full; free some space and try again",
+        errno.EDQUOT: "the disk quota is used up; free some space and try again",
+        errno.EROFS: "the file system is read-only; choose another folder",
+        errno.EACCES: "permission denied; choose a folder that you may write to",
+        errno.EPERM: "not permitted; choose a folder that you may write to",
+        errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
+        errno.EEXIST: "a file stands where a folder is needed; choose another folder",
+        errno.ENOENT: "the folder is gone; was it moved or removed?",
+        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+        errno.EIO: "the disk reports an error; check it, or choose another",
+    }.get(error.errno or 0, error.strerror or type(error).__name__)
+    return StorageError(f"cannot {action} {path}: {advice}")
+
+
+def make_folder(path: Path, *, exist_ok: bool = True) -> None:
+    """Create a folder and its parents. Raises StorageError, or FileExistsError where `exist_ok` is False."""
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        if not exist_ok:
+            raise
+        raise explain("create the folder", path, OSError(errno.EEXIST, "exists")) from None
+    except OSError as error:
+        raise explain("create the folder", path, error) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open `path` for writing so that it appears whole, or stays as it was if anything goes wrong in the block.
+
+    Where `path` is a symbolic link, the file takes the link's place, and what it pointed to stays as it was.
+    Raises StorageError where the operating system refuses; any other exception of the block passes through.
+    """
+    # Not tempfile's: its files are private, and a run folder is as readable as the user's umask says, which can be
+    # asked for only by changing it, for all threads at once. 50 characters of UTF-8 always fit into a name.
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise explain("write", path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # it has gone where all went well
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file, or leave what was there. Raises StorageError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 text file, or leave what was there. Raises StorageError."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON. NaN and infinities are not JSON and raise ValueError: undefined is null."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    # File names that are not UTF-8 hold lone surrogates; a backslash escape is how JSON writes them.
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def remove(path: Path) -> None:
+    """Remove a file; one that has gone already is no error. Raises StorageError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain("remove", path, error) from error
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename durable. Some file systems and Windows refuse to sync a folder; the rename itself still holds."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,16 @@
+"""No hidden random state: every draw comes from a generator made on the spot from integers.
+
+The order of an epoch is a function of (seed, "order", epoch); the augmentation draws of all images are one table from
+(seed, "augment", epoch), looked up by sample index; dropout is a function of (seed, "step", step). So going on after
+a stop needs integers only, and neither batch size, workers nor processes change what an image gets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(seed: int, purpose: str, *indices: int) -> int:
+    """A 63-bit seed that is a fixed function of its arguments, and independent for different ones (BLAKE2b)."""
+    text = "/".join([str(seed), purpose, *map(str, indices)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
