@@ -1,0 +1,373 @@
+"""What an experiment is: a frozen, validated object read from a small YAML file.
+
+`load_recipe` reads a packaged recipe by name or a file by path, applies `--set` overrides, and validates everything
+before any work starts. The resolved recipe is written into the run folder and can be run again from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from cifarlab.errors import RecipeError, nearest
+from cifarlab.recipe_base import Boolean, Duration, Integer, Real, Section
+from cifarlab.recipe_optimizer import Optimizer
+from cifarlab.recipe_schedule import Schedule
+
+NAMED_DATASETS = ("cifar10", "cifar100", "digits")
+FOLDER_PREFIX = "folder:"
+MAX_RECIPE_BYTES = 1_000_000
+
+
+def check_dataset_name(name: str) -> str:
+    """Return `name` if it is a dataset's name or `folder:PATH`; raise RecipeError otherwise."""
+    if name in NAMED_DATASETS or (name.startswith(FOLDER_PREFIX) and len(name) > len(FOLDER_PREFIX)):
+        return name
+    if name.startswith(FOLDER_PREFIX):
+        raise RecipeError("dataset 'folder:' names no path; write folder:PATH, the folder with one folder per class")
+    raise RecipeError(f"unknown dataset '{name}'; {nearest(name, NAMED_DATASETS)} (or folder:PATH for your own images)")
+
+
+class Data(Section):
+    validation: Real = Field(0.1, ge=0, lt=1, description="share of the training set held out for validation; 0: none")
+    limit: Integer | None = Field(None, ge=1, description="train on a class-balanced cut of this many images")
+    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how a folder's image is made square")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="how images are resized (antialiased)"
+    )
+    bad_files: Literal["refuse", "skip"] = Field("refuse", description="what to do with unreadable images of a folder")
+    memory: Integer | None = Field(
+        None,
+        ge=1,
+        description="MB that images may take on the device; more is streamed by workers; null: half the free",
+    )
+    workers: Integer = Field(2, ge=0, description="processes that stream a dataset over the memory budget")
+
+
+class Augment(Section):
+    crop_padding: Integer = Field(0, ge=0, description="random crop after padding each side by so many black pixels")
+    flip: Literal["random"] | None = Field(None, description="random: mirror each image with probability 1/2")
+
+
+class Model(Section):
+    name: str = Field(description="the network")
+    pretrained: Literal[False] = Field(False, description="start from pretrained weights")
+    head: Literal["new"] = Field("new", description="new: a fresh last layer with one output a class")
+
+
+class Loss(Section):
+    label_smoothing: Real = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    class_weights: Literal["balanced"] | None = Field(
+        None, description="balanced: weigh each class by images / (classes x images of the class)"
+    )
+
+
+def _resolve_numerics(value: Any) -> Any:
+    # Until numerics are chosen by measurement, the choice is always the exact one.
+    return "exact" if value == "auto" else value
+
+
+class Train(Section):
+    epochs: Integer | Real = Field(gt=0, description="passes over the training images")
+    batch_size: Integer = Field(128, ge=1, description="images in a step")
+    resolution: Integer | None = Field(None, ge=1, description="resize images to this side; null: as they are")
+    checkpoint_every: Duration | None = Field(None, description="keep a checkpoint to go on from this often")
+    keep: Integer = Field(2, ge=1, description="how many of the latest checkpoints stay, besides the best")
+    numerics: Annotated[Literal["exact"], BeforeValidator(_resolve_numerics)] = Field(
+        "exact", description="exact: fp32, eager, deterministic; auto: the same, until it is chosen by measurement"
+    )
+
+
+class Evaluate(Section):
+    tta: None = Field(None, description="test-time augmentation")
+    test: Boolean = Field(True, description="score the test set once, at the end")
+    batch_size: Integer = Field(500, ge=1, description="images in an evaluation batch")
+
+
+class Recipe(Section):
+    """An experiment. `datasets` are the ones it runs on without `--dataset`."""
+
+    name: str = Field(min_length=1, max_length=100)
+    datasets: tuple[str, ...] = Field(min_length=1)
+    seed: Integer = Field(0, ge=0, lt=2**31)
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model
+    loss: Loss = Loss()
+    optimizer: Optimizer
+    schedule: Schedule
+    train: Train
+    evaluate: Evaluate = Evaluate()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise ValueError("must be letters, digits and . _ + -, beginning with a letter or digit: it names a folder")
+        return name
+
+    @field_validator("datasets")
+    @classmethod
+    def _datasets_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            try:
+                check_dataset_name(name)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+        return names
+
+    @model_validator(mode="after")
+    def _plateau_has_something_to_read(self) -> Self:
+        if self.schedule.name == "plateau" and self.data.validation == 0:
+            raise ValueError(
+                "schedule.name 'plateau' reads the validation loss, and data.validation is 0; set one apart"
+            )
+        return self
+
+    def resolved(self, *, dataset: str, seed: int) -> Recipe:
+        """The recipe of one run: one dataset, one seed."""
+        return self.model_copy(update={"datasets": (dataset,), "seed": seed})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (JSON types), in the order of the fields."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load_recipe` accepts."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the result, apart from seed, name and dataset: runs that share it are repetitions."""
+        return fingerprint(self.to_dict())
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """`Recipe.fingerprint` from a recipe's plain values (a run folder's recipe.yaml, read without validation)."""
+    kept = {key: value for key, value in values.items() if key not in ("seed", "name", "datasets")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"epochs": 2}}` as `{"train.epochs": 2}`, the way `--set` names fields."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# --- where recipes come from ------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes, by name."""
+    files = importlib.resources.files("cifarlab.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The packaged recipe's file, with its opening comment (source, expected accuracy, cost, command)."""
+    return importlib.resources.files("cifarlab.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a packaged recipe by name, or a YAML file by path, and apply `KEY=VALUE` overrides.
+
+    Raises RecipeError with one sentence that names the field, the line or the file.
+    """
+    if source in recipe_names():
+        text, origin = recipe_text(source), f"recipe {source}"
+    elif source.endswith((".yaml", ".yml")) or "/" in source:
+        path = Path(source)
+        origin = str(path)
+        try:
+            if path.stat().st_size > MAX_RECIPE_BYTES:
+                raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES:,} bytes; a recipe is a small YAML file")
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise RecipeError(f"{path} is not a UTF-8 text file; a recipe is a small YAML file") from None
+    else:
+        raise RecipeError(f"unknown recipe '{source}'; {nearest(source, recipe_names())} (or give a .yaml file)")
+    return make_recipe(parse_yaml(text, origin), overrides, origin)
+
+
+def make_recipe(values: Any, overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:
+    """Validate plain values with overrides applied. Raises RecipeError."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{origin}: expected sections such as 'model:' and 'train:', found {_shown(values)}")
+    for override in overrides:
+        values = _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: {_sentence(error)}") from None
+
+
+# --- YAML ---------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with three changes: `1e-3` is a number, a key may stand once, and there are no aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.get_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 asks for a dot in a float with an exponent; people write 1e-3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    # repr, with a dot: other YAML readers take `1e-05` for text.
+    text = repr(value)
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _represent_float)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Read one YAML document. Raises RecipeError that names the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise RecipeError(f"{origin}:{where} not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{origin}: nested too deeply for a recipe") from None
+
+
+# --- overrides ----------------------------------------------------------------------------------
+
+_DURATION_KEYS = frozenset(Duration.model_fields)
+
+
+def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    path = key.split(".")
+    if not equals or not all(path):
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, for example --set train.epochs=2")
+    return _assign(values, path, parse_yaml(text, f"--set {key}"), key)
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
+    head, *rest = path
+    if not rest:
+        if head == "name" and key != "name":
+            values = _without_foreign_fields(key.removesuffix(".name"), values, value)
+        return {**values, head: value}
+    inner = values.get(head)
+    if inner is None:
+        inner = {}
+    if not isinstance(inner, dict):
+        raise RecipeError(f"--set {key}: '{head}' is {_shown(inner)}, which has no field '{rest[0]}'")
+    # A duration has one unit: setting another replaces it.
+    if len(rest) == 1 and rest[0] in _DURATION_KEYS and inner.keys() <= _DURATION_KEYS:
+        inner = {}
+    return {**values, head: _assign(inner, rest, value, key)}
+
+
+def _without_foreign_fields(section: str, values: dict[str, Any], name: Any) -> dict[str, Any]:
+    """What stays of a section when its `name` changes: `optimizer.name=sgd` keeps lr and drops Adam's betas."""
+    choices = _CHOICES.get(section, {})
+    if name not in choices:
+        return values
+    return {key: value for key, value in values.items() if key in choices[name].model_fields}
+
+
+def _choices(annotation: Any) -> dict[str, type[BaseModel]]:
+    union = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+    return {model.model_fields["name"].default: model for model in union.__args__}
+
+
+_CHOICES = {"optimizer": _choices(Optimizer), "schedule": _choices(Schedule)}
+
+
+# --- sentences ----------------------------------------------------------------------------------
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, in words: the field, what was expected, what was found."""
+    # An unknown key is the likeliest cause of whatever else is reported.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    steps = [str(step) for step in problem["loc"]]
+    choice = None
+    if len(steps) > 1 and steps[0] in _CHOICES and steps[1] in _CHOICES[steps[0]]:
+        choice = steps.pop(1)  # pydantic puts the tag of a union into the path, and the type of a number
+    if len(steps) > 2 and steps[-1] in ("int", "float"):
+        steps.pop()
+    field = ".".join(steps)
+    kind, found = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        owner = steps[-2] if len(steps) > 1 else "a recipe"
+        known = _fields_of(steps[:-1], choice)
+        return f"unknown key '{field}'; {choice or owner} has no '{steps[-1]}': {nearest(steps[-1], known)}"
+    if kind == "union_tag_invalid":
+        return f"unknown {field} '{problem['ctx']['tag']}'; {nearest(problem['ctx']['tag'], _CHOICES[steps[0]])}"
+    if kind == "union_tag_not_found":
+        return f"'{field}.name' is missing; choose from {', '.join(sorted(_CHOICES[steps[0]]))}"
+    if kind == "missing":
+        return f"'{field}' is missing"
+    if kind == "literal_error":
+        return f"{field}: expected {problem['ctx']['expected']}, not {_shown(found)}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if kind == "value_error" and not field:
+        return message
+    return f"{field}: {message[:1].lower() + message[1:]}" + ("" if kind == "value_error" else f", not {_shown(found)}")
+
+
+def _fields_of(path: list[str], choice: str | None) -> Iterable[str]:
+    if not path:
+        return Recipe.model_fields
+    if len(path) > 1:
+        return Duration.model_fields  # the only thing that is nested this deep
+    if choice is not None:
+        return _CHOICES[path[0]][choice].model_fields
+    return getattr(Recipe.model_fields[path[0]].annotation, "model_fields", {})

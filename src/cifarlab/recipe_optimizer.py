@@ -1,0 +1,81 @@
+"""The `optimizer` section of a recipe: one model an optimizer, told apart by `name`. What they do: `optim.py`.
+
+Defaults are PyTorch's, and the paper's code for Lion; the learning rate has none, as it is each recipe's own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cifarlab.recipe_base import Boolean, Real, Section
+
+LearningRate = Annotated[Real, Field(gt=0, description="learning rate: the value that the schedule's factors multiply")]
+CoupledDecay = Annotated[Real, Field(ge=0, description="weight decay, added to the gradient (L2)")]
+DecoupledDecay = Annotated[
+    Real, Field(ge=0, description="weight decay, taken off the weights, times the learning rate")
+]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
+Epsilon = Annotated[Real, Field(gt=0, description="added to the denominator")]
+
+
+class SGDOptimizer(Section):
+    """Stochastic gradient descent, with momentum, Nesterov's if asked."""
+
+    name: Literal["sgd"] = Field(default="sgd", description="stochastic gradient descent")
+    lr: LearningRate
+    momentum: Real = Field(default=0.0, ge=0, lt=1, description="share of the last step that goes into the next")
+    nesterov: Boolean = Field(default=False, description="Nesterov's momentum")
+    weight_decay: CoupledDecay = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SGDOptimizer:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0, such as 0.9")
+        return self
+
+
+class AdamOptimizer(Section):
+    """Adam (arXiv 1412.6980); its weight decay is L2, a part of the gradient."""
+
+    name: Literal["adam"] = Field(default="adam", description="Adam, with L2")
+    lr: LearningRate
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="decay of the mean and of the squares")
+    eps: Epsilon = 1e-8
+    weight_decay: CoupledDecay = 0.0
+
+
+class AdamWOptimizer(Section):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="Adam, with decoupled weight decay")
+    lr: LearningRate
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="decay of the mean and of the squares")
+    eps: Epsilon = 1e-8
+    weight_decay: DecoupledDecay = 0.01
+
+
+class RMSpropOptimizer(Section):
+    """RMSprop (Hinton's lecture 6e), PyTorch's: eps is added after the square root."""
+
+    name: Literal["rmsprop"] = Field(default="rmsprop", description="RMSprop")
+    lr: LearningRate
+    alpha: Real = Field(default=0.99, ge=0, lt=1, description="decay of the mean of squares")
+    eps: Epsilon = 1e-8
+    momentum: Real = Field(default=0.0, ge=0, lt=1, description="share of the last step that goes into the next")
+    weight_decay: CoupledDecay = 0.0
+
+
+class LionOptimizer(Section):
+    """Lion (arXiv 2302.06675); its learning rate is a third to a tenth of AdamW's, its weight decay as much larger."""
+
+    name: Literal["lion"] = Field(default="lion", description="Lion: the sign of a momentum")
+    lr: LearningRate
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.99), description="weight of the momentum in a step; its decay")
+    weight_decay: DecoupledDecay = 0.0
+
+
+Optimizer = Annotated[
+    SGDOptimizer | AdamOptimizer | AdamWOptimizer | RMSpropOptimizer | LionOptimizer, Field(discriminator="name")
+]

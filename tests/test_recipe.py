@@ -1,0 +1,171 @@
+"""Recipes: what is read is what was meant, and what is wrong is named before any work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cifarlab.errors import RecipeError
+from cifarlab.recipe import Recipe, fingerprint, load_recipe, make_recipe, parse_yaml, recipe_names, recipe_text
+
+
+def field(recipe: Recipe, path: str) -> Any:
+    value: Any = recipe.to_dict()
+    for key in path.split("."):
+        value = value[key]
+    return value
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_packaged_recipe_says_what_it_is_and_survives_being_written(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert make_recipe(parse_yaml(recipe.to_yaml(), "written")) == recipe
+    # Any YAML reader gets the same numbers, not just ours.
+    assert yaml.safe_load(recipe.to_yaml()) == recipe.to_dict()
+    heading = recipe_text(name)
+    for word in (": ", "# Source:", "# Expected:", "# Cost:", f"# Command: cifarlab run {name}"):
+        assert word in heading
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "expected"),
+    [
+        ("train.epochs=2", "train.epochs", 2),
+        ("train.epochs=2.5", "train.epochs", 2.5),
+        ("optimizer.lr=1e-3", "optimizer.lr", 0.001),
+        ("optimizer.lr=5E-4", "optimizer.lr", 0.0005),
+        ("optimizer.lr=.1", "optimizer.lr", 0.1),
+        ("augment.flip=null", "augment.flip", None),
+        ("augment={crop_padding: 4}", "augment.crop_padding", 4),
+        ("datasets=[digits]", "datasets", ["digits"]),
+        ("train.checkpoint_every.steps=7", "train.checkpoint_every", {"steps": 7}),
+        ("train.checkpoint_every={minutes: 10}", "train.checkpoint_every", {"minutes": 10}),
+        ("schedule.warmup.share=0.1", "schedule.warmup", {"share": 0.1}),
+        ("name=mine", "name", "mine"),
+        ("evaluate.test=false", "evaluate.test", False),
+        ("train.numerics=auto", "train.numerics", "exact"),
+    ],
+)
+def test_an_override_arrives_as_what_it_is(override: str, path: str, expected: object) -> None:
+    value = field(load_recipe("ex2", [override]), path)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() -> None:
+    recipe = load_recipe("ex2", ["optimizer.betas=[0.8, 0.9]", "schedule.name=cosine", "schedule.min_factor=0.1"])
+    assert field(recipe, "optimizer.betas") == [0.8, 0.9]
+    values = recipe.to_dict()
+    changed = make_recipe(
+        values, ["optimizer.name=sgd", "optimizer.momentum=0.9", "schedule.name=step", "schedule.step_size=3"]
+    )
+    assert field(changed, "optimizer.lr") == 1e-3
+    assert field(changed, "optimizer.momentum") == 0.9
+    assert "betas" not in changed.to_dict()["optimizer"]
+    assert field(changed, "schedule.step_size") == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.epocs=2", "unknown key 'train.epocs'; train has no 'epocs': did you mean 'epochs'?"),
+        ("trian.epochs=2", "unknown key 'trian'; a recipe has no 'trian': did you mean 'train'?"),
+        ("optimizer.name=adamx", "unknown optimizer 'adamx'; did you mean 'adam'?"),
+        ("schedule.name=cosin", "unknown schedule 'cosin'; did you mean 'cosine'?"),
+        ("optimizer.momentum=0.9", "unknown key 'optimizer.momentum'; adam has no 'momentum'"),
+        (
+            "train.checkpoint_every.stepz=1",
+            "unknown key 'train.checkpoint_every.stepz'; checkpoint_every has no 'stepz'",
+        ),
+        ("datasets=[cifar11]", "datasets: unknown dataset 'cifar11'; did you mean 'cifar10'?"),
+        ("datasets=['folder:']", "dataset 'folder:' names no path"),
+        ("train.epochs=abc", "train.epochs: expected a valid integer, not 'abc'"),
+        ("train.epochs=0", "train.epochs: expected greater than 0, not 0"),
+        ("train.epochs=true", "train.epochs: expected"),
+        ("train.batch_size=1.5", "train.batch_size: expected a valid integer, not 1.5"),
+        ("train.batch_size='64'", "train.batch_size: expected a valid integer, not '64'"),
+        ("optimizer.lr=.nan", "optimizer.lr: expected"),
+        ("optimizer.lr=1e999", "optimizer.lr: expected"),
+        ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, not -1"),
+        ("data.validation=1", "data.validation: expected less than 1, not 1"),
+        ("augment.flip=true", "augment.flip: expected 'random', not True"),
+        (
+            "train.checkpoint_every={epochs: 1, steps: 2}",
+            "a duration has exactly one of epochs, steps, minutes and share",
+        ),
+        ("train.epochs", "--set train.epochs: expected KEY=VALUE"),
+        ("=3", "--set =3: expected KEY=VALUE"),
+        ("train.epochs.x=3", "--set train.epochs.x: 'epochs' is 50, which has no field 'x'"),
+        ("data=3", "data: expected"),
+        ("name=../x", "name: must be letters, digits"),
+        ("seed=-1", "seed: expected greater than or equal to 0, not -1"),
+        ("train.epochs=[1", "--set train.epochs: line 1, column 3: not valid YAML"),
+        ("model.pretrained=true", "model.pretrained: expected False, not True"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("ex1", [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_plateau_needs_validation_images() -> None:
+    with pytest.raises(RecipeError, match=r"'plateau' reads the validation loss, and data.validation is 0"):
+        load_recipe("ex1", ["schedule.name=plateau", "data.validation=0"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train:\n  epochs: [1\nmodel: x", "line 3, column 6: not valid YAML"),
+        ("a: 1\na: 2", "line 2, column 1: not valid YAML: the key 'a' stands twice"),
+        ("a: &x 1\nb: *x", "line 2, column 4: not valid YAML: aliases"),
+        ("a: !!python/object/apply:os.system ['true']", "line 1, column 4: not valid YAML: could not determine"),
+        ("[1, 2]", "expected sections such as 'model:' and 'train:', found [1, 2]"),
+        ("", "expected sections such as 'model:' and 'train:', found None"),
+        ("[" * 5000, "nested too deeply"),
+        ("\x00", "not valid YAML"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+        ("? [1, 2]\n: 3", "not valid YAML"),
+        ("model: {name: ex1}", "'name' is missing"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_with_its_line(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none\.yaml: No such file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\xff")
+    with pytest.raises(RecipeError, match="not a UTF-8 text file"):
+        load_recipe(str(tmp_path / "latin.yaml"))
+    (tmp_path / "huge.yaml").write_bytes(b"#" * 1_000_001)
+    with pytest.raises(RecipeError, match="larger than 1,000,000 bytes"):
+        load_recipe(str(tmp_path / "huge.yaml"))
+    with pytest.raises(RecipeError, match=r"unknown recipe 'ex11'; did you mean 'ex1'\?"):
+        load_recipe("ex11")
+
+
+def test_runs_that_differ_by_seed_name_or_dataset_share_a_fingerprint_and_others_do_not() -> None:
+    recipe = load_recipe("ex1")
+    same = make_recipe(recipe.to_dict(), ["seed=5", "name=other", "datasets=[digits]"])
+    assert same.fingerprint() == recipe.fingerprint() == fingerprint(yaml.safe_load(recipe.to_yaml()))
+    assert load_recipe("ex1", ["optimizer.lr=2e-3"]).fingerprint() != recipe.fingerprint()
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = load_recipe("ex1")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.epochs = 3  # type: ignore[misc]
