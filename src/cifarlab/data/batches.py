@@ -1,0 +1,124 @@
+"""Images on their way to a training step: resident on the device, or streamed by workers; the same either way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from cifarlab import machine
+from cifarlab.data.dataset import Images, Int64Array, UInt8Array
+from cifarlab.errors import RunError
+from cifarlab.seeds import derive_seed
+
+
+class Batch(NamedTuple):
+    """pixels: uint8 (B, 3, H, W); labels: int64 (B,); samples: int64 (B,), indices into the images as they were found.
+    All on the training device."""
+
+    pixels: Tensor
+    labels: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStore:
+    """Images that batches are taken from, by sample index.
+
+    pixels: uint8 (N, 3, H, W): a tensor on the device (resident) or an array in memory or on disk (streamed).
+    """
+
+    pixels: Tensor | UInt8Array
+    labels: Tensor
+    device: torch.device
+    workers: int
+
+    @classmethod
+    def of(cls, images: Images, device: torch.device, *, memory: int | None, workers: int) -> ImageStore:
+        """Resident where the pixels fit into `memory` bytes (None: half of what is free on the device)."""
+        limit = machine.free_memory(device) // 2 if memory is None else memory
+        pixels: Tensor | UInt8Array = images.pixels
+        if images.pixels.nbytes <= limit:
+            # A copy where torch could not share the memory: read-only arrays and maps.
+            pixels = torch.from_numpy(np.require(images.pixels, requirements=["C", "W"])).to(device)
+        return cls(pixels, torch.from_numpy(images.labels.copy()).to(device), device, workers)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def resident(self) -> bool:
+        return isinstance(self.pixels, Tensor)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)"""
+        return self.pixels.shape[2], self.pixels.shape[3]
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[Batch]:
+        """The images at `order` (int64 (K,), on the CPU), in that order; the last batch may be short."""
+        parts = torch.split(order, batch_size)
+        if isinstance(self.pixels, Tensor):
+            for samples in (part.to(self.device) for part in parts):
+                yield Batch(self.pixels[samples], self.labels[samples], samples)
+            return
+        loader = DataLoader(
+            _Rows(self.pixels),
+            sampler=[part.numpy() for part in parts],
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        try:
+            for part, pixels in zip(parts, loader, strict=True):
+                samples = part.to(self.device)
+                yield Batch(pixels.to(self.device, non_blocking=True), self.labels[samples], samples)
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if (died := reader_died(error)) is None:
+                raise
+            raise died from error
+
+
+def epoch_order(samples: Tensor, seed: int, epoch: int) -> Tensor:
+    """`samples` (int64 (K,)) in the order of an epoch: every one once; a function of the arguments alone."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return samples[torch.randperm(len(samples), generator=generator)]
+
+
+def reader_died(error: Exception) -> RunError | None:
+    """The sentence for a worker process that was killed, if that is what `error` says.
+
+    Torch raises it from a signal handler, so it can come up anywhere in the main thread, not just at the next batch.
+    """
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        return None
+    return RunError(
+        f"a process that reads images died ({' '.join(str(error).split()) or type(error).__name__}); "
+        "is memory or /dev/shm full? --set data.workers=0 reads without such processes"
+    )
+
+
+class _Rows(TorchDataset[Tensor]):
+    """Rows of an array, for worker processes. A memory map is opened again there, never copied to them."""
+
+    def __init__(self, pixels: UInt8Array) -> None:
+        self._pixels = pixels
+
+    def __getitem__(self, index: Int64Array) -> Tensor:
+        return torch.from_numpy(self._pixels[index])  # indexing by an array copies
+
+    def __reduce__(self) -> tuple[object, ...]:
+        pixels = self._pixels
+        if isinstance(pixels, np.memmap):
+            return _open_rows, (pixels.filename, pixels.offset, pixels.shape)
+        return _Rows, (pixels,)
+
+
+def _open_rows(filename: str, offset: int, shape: tuple[int, ...]) -> _Rows:
+    return _Rows(np.memmap(filename, dtype=np.uint8, mode="r", offset=offset, shape=shape))

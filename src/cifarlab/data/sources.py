@@ -1,0 +1,66 @@
+"""The door to every dataset: a name and a folder to look in; the dataset as it was found, or downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cifarlab import machine
+from cifarlab.data import download
+from cifarlab.data.cifar import DATASETS, read_cifar
+from cifarlab.data.dataset import Dataset
+from cifarlab.data.digits import read_digits
+from cifarlab.data.folder import folder_classes, read_folder
+from cifarlab.errors import DataError
+from cifarlab.recipe import FOLDER_PREFIX, Data, check_dataset_name
+
+DEFAULT_FOLDER_SIZE = 32
+
+# Prints a line for the user.
+Report = Callable[[str], None]
+
+
+def load_dataset(name: str, section: Data, resolution: int | None, folder: Path | None, report: Report) -> Dataset:
+    """Read `cifar10`, `cifar100`, `digits` or `folder:PATH`.
+
+    folder: where CIFAR's files are, or are to be put; None: `CIFARLAB_DATA`, or the user's cache folder.
+    resolution: the side that an image folder's pictures are stored at; None: 32 pixels.
+    Raises RecipeError for an unknown name, DataError for data that is missing, damaged or not to be had.
+    """
+    check_dataset_name(name)
+    if name == "digits":
+        return read_digits()
+    if name.startswith(FOLDER_PREFIX):
+        return read_folder(
+            Path(name.removeprefix(FOLDER_PREFIX)).expanduser(),
+            size=resolution or DEFAULT_FOLDER_SIZE,
+            fit=section.fit,
+            interpolation=section.interpolation,
+            bad_files=section.bad_files,
+            memory_limit=machine.available_memory() // 2 if section.memory is None else section.memory * 1_000_000,
+            cache=download.cache_folder(),
+        )
+    if folder is not None and not folder.is_dir():
+        raise DataError(
+            f"{folder} is not a folder; --data names the folder that holds cifar-10-batches-py and its like "
+            f"('cifarlab data fetch {name} --data {folder}' makes it)"
+        )
+    place = folder or download.cache_folder()
+    dataset = read_cifar(name, place)
+    if dataset is None:
+        download.fetch(name, place, report=report)
+        dataset = read_cifar(name, place)
+    if dataset is None:
+        raise DataError(f"{name} was downloaded to {place}, and isn't there; was it removed?")
+    return dataset
+
+
+def dataset_shape(name: str) -> tuple[int, int]:
+    """How many classes a dataset has, and the side of its images in pixels, without reading or downloading it.
+
+    Raises RecipeError for an unknown name, DataError for a folder that holds no class folders.
+    """
+    check_dataset_name(name)
+    if name.startswith(FOLDER_PREFIX):
+        return len(folder_classes(Path(name.removeprefix(FOLDER_PREFIX)).expanduser())), DEFAULT_FOLDER_SIZE
+    return len(DATASETS[name].classes) if name in DATASETS else 10, 32

@@ -1,0 +1,102 @@
+"""Batches: every image once an epoch, in an order that is a function of (seed, epoch), resident or streamed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cifarlab.data.batches import ImageStore, epoch_order, reader_died
+from cifarlab.data.dataset import Images
+from cifarlab.errors import RunError
+
+CPU = torch.device("cpu")
+
+
+def some_images(count: int = 53) -> Images:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8)
+    return Images(pixels, generator.integers(0, 5, count))
+
+
+def on_disk(images: Images, path: Path) -> Images:
+    images.pixels.tofile(path)
+    return Images(np.memmap(path, np.uint8, "r", shape=images.pixels.shape), images.labels)
+
+
+def test_an_epoch_has_every_sample_once_in_a_fresh_order() -> None:
+    samples = torch.arange(3, 103)
+    orders = [epoch_order(samples, seed=1, epoch=epoch) for epoch in range(3)]
+    for order in orders:
+        assert torch.equal(order.sort().values, samples)
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], epoch_order(samples, seed=2, epoch=0))
+    torch.manual_seed(99)
+    assert torch.equal(orders[2], epoch_order(samples, seed=1, epoch=2))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 53, 100])
+def test_batches_hold_the_images_asked_for_in_order_with_a_short_last_one(batch_size: int) -> None:
+    images = some_images()
+    store = ImageStore.of(images, CPU, memory=None, workers=0)
+    order = epoch_order(torch.arange(53), 0, 0)
+    batches = list(store.batches(order, batch_size))
+    assert [len(batch.labels) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert torch.equal(torch.cat([batch.samples for batch in batches]), order)
+    assert np.array_equal(torch.cat([batch.pixels for batch in batches]).numpy(), images.pixels[order.numpy()])
+    assert np.array_equal(torch.cat([batch.labels for batch in batches]).numpy(), images.labels[order.numpy()])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_streaming_gives_the_resident_batches(workers: int, mapped: bool, tmp_path: Path) -> None:
+    images = some_images()
+    stored = on_disk(images, tmp_path / "pixels") if mapped else images
+    resident = ImageStore.of(images, CPU, memory=None, workers=0)
+    streamed = ImageStore.of(stored, CPU, memory=10, workers=workers)
+    assert resident.resident and not streamed.resident
+    order = epoch_order(torch.arange(53), 0, 0)
+    pairs = list(zip(resident.batches(order, 8), streamed.batches(order, 8), strict=True))
+    assert len(pairs) == 7
+    for one, other in pairs:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_read_only_map_that_fits_becomes_resident_without_touching_the_file(tmp_path: Path) -> None:
+    images = on_disk(some_images(), tmp_path / "pixels")
+    store = ImageStore.of(images, CPU, memory=None, workers=0)
+    assert isinstance(store.pixels, torch.Tensor)
+    store.pixels.zero_()
+    assert np.array_equal(images.pixels, some_images().pixels)
+
+
+def test_a_map_is_opened_again_in_a_worker_rather_than_copied_to_it(tmp_path: Path) -> None:
+    import pickle
+
+    from cifarlab.data.batches import _Rows
+
+    images = on_disk(some_images(2000), tmp_path / "pixels")
+    sent = pickle.dumps(_Rows(images.pixels))
+    assert len(sent) < 1000
+    index = np.array([5, 1999, 0])
+    assert np.array_equal(pickle.loads(sent)[index].numpy(), images.pixels[index])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a worker by a POSIX signal")
+def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
+    import multiprocessing
+
+    store = ImageStore.of(some_images(4000), CPU, memory=10, workers=1)
+    batches = store.batches(torch.arange(4000), 1)
+    next(batches)
+    with pytest.raises((RunError, RuntimeError)) as caught:
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+        list(batches)
+    sentence = caught.value if isinstance(caught.value, RunError) else reader_died(caught.value)
+    assert "a process that reads images died" in str(sentence)
