@@ -1,0 +1,289 @@
+"""The command line: parse, call, print, exit code. What takes long to import is imported where it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cifarlab import __version__
+from cifarlab.cli.common import DataOption, printable
+from cifarlab.cli.data import data_app
+from cifarlab.errors import CifarlabError, UsageError
+
+if TYPE_CHECKING:
+    from cifarlab.rundir import RunFolder
+    from cifarlab.train import StopRequest
+
+app = typer.Typer(
+    name="cifarlab",
+    help="Train, measure and compare image classifiers: the most accuracy per minute on the hardware you have.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_app, name="data")
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """Run the command line; errors of ours end as one sentence on stderr and the exit code of their class."""
+    try:
+        code = app(standalone_mode=False)
+    except CifarlabError as error:
+        code = _complain(str(error), error.exit_code)
+    except typer.TyperException as error:
+        message = error.format_message().strip()  # empty where the help was shown instead
+        code = _complain(_as_sentence(message), error.exit_code) if message else error.exit_code
+    except typer.Abort:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read the output has left; point stdout elsewhere so that Python's last flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    if code == 130:  # what typer makes of a KeyboardInterrupt
+        _complain("interrupted", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _as_sentence(message: str) -> str:
+    return message[:1].lower() + message[1:].removesuffix(".") + "; see --help"
+
+
+def _complain(sentence: str, code: int) -> int:
+    sys.stderr.write(f"cifarlab: {printable(sentence)}\n")
+    return code
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"cifarlab {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name ('cifarlab recipes' lists them) or a YAML file.")],
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="cifar10, cifar100, digits or folder:PATH; may be given again. [default: the recipe's]"),
+    ] = None,
+    data: DataOption = None,
+    runs: Annotated[Path, typer.Option(help="Folder that the run folders go into.")] = RUNS,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set train.epochs=2.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The seed. [default: the recipe's]")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Run with N seeds: the recipe's, and those after it.")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train and test a recipe; leaves a run folder for each dataset and seed.
+
+    Examples:
+
+      cifarlab run ex1
+
+      cifarlab run ex2-schedule --dataset cifar10 --seeds 3 --set train.epochs=10
+    """
+    from cifarlab.recipe import check_dataset_name, load_recipe
+
+    if seed is not None and seeds is not None:
+        raise UsageError("give --seed N (one run with that seed) or --seeds N (N runs), not both")
+    plan = load_recipe(recipe, set_ or [])
+    names = list(dict.fromkeys(dataset or plan.datasets))
+    for name in names:
+        check_dataset_name(name)
+    first = plan.seed if seed is None else seed
+    run_seeds = range(first, first + (seeds or 1))
+    _run_all([plan.resolved(dataset=name, seed=s) for name in names for s in run_seeds], data, runs, device)
+
+
+def _run_all(plans: list[Any], data: Path | None, runs: Path, device_name: str) -> None:
+    from cifarlab import machine
+
+    machine.keep_memory()  # before the first tensor
+    import time
+
+    from rich.console import Console
+
+    from cifarlab.cli.display import RunDisplay
+    from cifarlab.cli.tables import print_comparison
+    from cifarlab.compare import compare
+    from cifarlab.experiment import run_experiment
+    from cifarlab.train import StopRequest
+
+    console = Console(highlight=False, soft_wrap=True)
+    device = machine.choose_device(device_name)
+    began = time.time() - machine.process_age()
+    done: list[RunFolder] = []
+    stop = StopRequest()
+    many_seeds = len({plan.seed for plan in plans}) > 1
+    with _signals(stop):
+        for plan in plans:
+            title = f"{plan.name} {plan.datasets[0]}" + (f" seed {plan.seed}" if many_seeds else "")
+            with RunDisplay(console, title) as display:
+                folder = run_experiment(
+                    plan,
+                    data_folder=data,
+                    runs=runs,
+                    device=device,
+                    display=display,
+                    stop=stop,
+                    process_started=began,
+                    report=display.report,
+                )
+            done.append(folder)
+            began = time.time()
+            if stop.signal is not None:
+                break
+            _summary(console, folder)
+    if stop.signal is not None:
+        _complain(f"stopped; the run so far is in {done[-1].path}", 0)
+        sys.exit(128 + stop.signal)
+    print_comparison(console, compare(done))
+
+
+def _summary(console: Any, run: RunFolder) -> None:
+    from cifarlab.metrics import rising_since
+
+    log = run.train_log()
+    rising = rising_since([entry["val_loss"] for entry in log["epochs"]])
+    if log["overfitting_gap"] is not None:
+        console.print(
+            f"best epoch {log['best_epoch']}, validation accuracy {log['best_val_accuracy']:.2%}, overfitting gap "
+            f"{100 * log['overfitting_gap']:+.2f} points"
+            + (f", validation loss rising since epoch {rising}" if rising is not None else "")
+        )
+    console.print(f"record and pictures: {run.path}", markup=False)
+
+
+@contextmanager
+def _signals(stop: StopRequest) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the training loop after its step; elsewhere, and the second time, they end at once."""
+    import signal
+
+    def handle(number: int, frame: object) -> None:
+        if stop.listening and stop.signal is None:
+            stop.signal = number
+            sys.stderr.write("\ncifarlab: finishing this step and saving; once more to leave at once\n")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with cifarlab."""
+    from rich.console import Console
+
+    from cifarlab.cli.tables import print_recipes
+
+    print_recipes(Console(highlight=False))
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
+    dataset: Annotated[str | None, typer.Option(help="Show it for this dataset. [default: the recipe's first]")] = None,
+    data: DataOption = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field.")] = None,
+) -> None:
+    """Show a resolved recipe and its network's layers: output shapes, parameters, sizes."""
+    from rich.console import Console
+
+    from cifarlab.cli.tables import print_layers, print_recipe
+    from cifarlab.data.sources import dataset_shape
+    from cifarlab.recipe import load_recipe
+
+    plan = load_recipe(recipe, set_ or [])
+    name = dataset or plan.datasets[0]
+    plan = plan.resolved(dataset=name, seed=plan.seed)
+    console = Console(highlight=False, soft_wrap=True)
+    print_recipe(console, recipe, plan)
+    print_layers(console, plan, *dataset_shape(name))
+
+
+@app.command()
+def test(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    data: DataOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Score a run's best checkpoint on the test set again. The look is counted in its test.json."""
+    from cifarlab import machine
+
+    machine.keep_memory()
+    from rich.console import Console
+
+    from cifarlab.cli.tables import print_scores
+    from cifarlab.experiment import score_run
+
+    console = Console(highlight=False, soft_wrap=True)
+    log = score_run(
+        run,
+        data_folder=data,
+        device=machine.choose_device(device),
+        report=lambda text: console.print(text, markup=False),
+    )
+    print_scores(console, log)
+
+
+class Format(StrEnum):
+    table = "table"
+    markdown = "markdown"
+    csv = "csv"
+    json = "json"
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, or folders that hold some. [default: runs]")
+    ] = None,
+    format_: Annotated[Format, typer.Option("--format", help="How to print the table.")] = Format.table,
+) -> None:
+    """Compare runs in one table per dataset; runs that differ only by seed fold into mean ± std (n)."""
+    from cifarlab import compare as comparison
+    from cifarlab.rundir import find_runs
+
+    rows = comparison.compare(find_runs(runs or [RUNS]))
+    if format_ is Format.table:
+        from rich.console import Console
+
+        from cifarlab.cli.tables import print_comparison
+
+        print_comparison(Console(highlight=False), rows)
+        return
+    forms = {"markdown": comparison.to_markdown, "csv": comparison.to_csv, "json": comparison.to_json}
+    sys.stdout.write(forms[format_.value](rows))
+
+
+if __name__ == "__main__":
+    main()

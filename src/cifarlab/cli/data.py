@@ -1,0 +1,140 @@
+"""`cifarlab data`: download, check and describe datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cifarlab.cli.common import DataOption, say
+from cifarlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from cifarlab.data.dataset import Dataset
+
+data_app = typer.Typer(no_args_is_help=True, help="Download, check and describe datasets.")
+
+DOWNLOADED = ("cifar10", "cifar100")
+
+
+@data_app.command()
+def fetch(
+    dataset: Annotated[list[str] | None, typer.Argument(help="cifar10, cifar100. [default: both]")] = None,
+    data: DataOption = None,
+) -> None:
+    """Download datasets into the cache folder, or into --data.
+
+    Example: cifarlab data fetch cifar10 --data ~/datasets
+    """
+    from cifarlab.data import download
+    from cifarlab.data.cifar import read_cifar
+    from cifarlab.errors import nearest
+
+    names = dataset or DOWNLOADED
+    for name in names:
+        if name not in DOWNLOADED:
+            raise UsageError(f"'{name}' can't be downloaded; {nearest(name, DOWNLOADED)}")
+    folder = data or download.cache_folder()
+    for name in names:
+        found = read_cifar(name, folder) if folder.is_dir() else None
+        if found is None:
+            download.fetch(name, folder, report=say)
+            found = read_cifar(name, folder)
+        if found is not None:
+            say(f"{name}: {found.source}")
+
+
+@data_app.command()
+def info(
+    dataset: Annotated[list[str] | None, typer.Argument(help="Datasets. [default: the named ones]")] = None,
+    data: DataOption = None,
+) -> None:
+    """Say what datasets hold and where they are; downloads nothing.
+
+    Example: cifarlab data info folder:~/pictures
+    """
+    from cifarlab.data.cifar import expected_files, read_cifar
+    from cifarlab.data.download import cache_folder
+    from cifarlab.recipe import NAMED_DATASETS
+
+    folder = data or cache_folder()
+    for name in dataset or NAMED_DATASETS:
+        if name in DOWNLOADED and (not folder.is_dir() or read_cifar(name, folder) is None):
+            by_hand = f"put {expected_files(name)} there"
+            say(f"{name}: not in {folder}; 'cifarlab data fetch {name}' downloads it, or {by_hand}")
+            continue
+        found = _load(name, data)
+        say(f"{name}: {found.source}")
+        height, width = found.train.pixels.shape[2:]
+        for part, images in (("train", found.train), ("validation", found.validation), ("test", found.test)):
+            if images is None:
+                say(f"  {part}: none" + (", 20 % are held out" if part == "test" else ", a share is held out"))
+            else:
+                say(f"  {part}: {len(images):,} images of {height}x{width}")
+        shown = ", ".join(found.classes[:10]) + (", …" if len(found.classes) > 10 else "")
+        say(f"  {len(found.classes)} classes: {shown}")
+        say(f"  content hash: {found.content_hash()}")
+        for note in found.notes:
+            say(f"  {note}")
+
+
+@data_app.command()
+def check(
+    dataset: Annotated[str, typer.Argument(help="cifar10, cifar100, digits or folder:PATH.")],
+    data: DataOption = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Similarity from which two images are near duplicates.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the near duplicates, the most alike first.")
+    ] = None,
+) -> None:
+    """Find test images that stand in training too: exact copies, and near duplicates.
+
+    Example: cifarlab data check cifar100 --pictures twins.png
+    """
+    from cifarlab.data.leaks import THRESHOLD, near_duplicates, pair_sheet
+    from cifarlab.data.prepare import prepare
+    from cifarlab.recipe import Data
+
+    if pictures is not None and pictures.suffix.lower() != ".png":
+        raise UsageError(f"--pictures {pictures}: expected a name that ends in .png")
+    found = _load(dataset, data)
+    # Without a validation set: training and validation images are checked against the test images alike.
+    sides = prepare(found, Data(validation=0), seed=0)
+    say(f"{dataset}: {sides.record['source']}")
+    for note in sides.record["notes"]:
+        say(f"  {note}")
+    leaks = sides.record["leaks"]
+    within, across = leaks["within_train"], leaks["train_test"]
+    say(
+        f"exact: {within['images']:,} training images stand there more than once "
+        f"({within['conflicting_labels']:,} under more than one label)"
+    )
+    say(
+        f"exact: {across['images']:,} of {len(sides.test):,} test images stand in training too "
+        f"({across['conflicting_labels']:,} under another label)"
+    )
+    test = sides.test.images.take(sides.test.index)
+    train = sides.train.images.take(sides.train.index)
+    limit = THRESHOLD if threshold is None else threshold
+    pairs = near_duplicates(test.pixels, train.pixels, limit)
+    differing = sum(test.labels[pair.a] != train.labels[pair.b] for pair in pairs)
+    say(
+        f"near: {len(pairs):,} test images ({len(pairs) / len(test):.1%}) look like a training image "
+        f"(similarity at least {limit}; {differing:,} under another label)"
+    )
+    for pair in pairs[:10]:
+        names = found.classes[test.labels[pair.a]], found.classes[train.labels[pair.b]]
+        say(f"  {pair.similarity:.3f}  test {pair.a} ({names[0]})  training {pair.b} ({names[1]})")
+    if pictures is not None:
+        pair_sheet(test, train, pairs, found.classes, pictures)
+        say(f"pictures: {pictures}")
+
+
+def _load(name: str, folder: Path | None) -> Dataset:
+    from cifarlab.data.sources import load_dataset
+    from cifarlab.recipe import Data
+
+    return load_dataset(name, Data(), None, folder, say)

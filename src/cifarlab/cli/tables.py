@@ -1,0 +1,82 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cifarlab.compare import COLUMNS, Row, cells
+from cifarlab.recipe import Recipe, load_recipe, recipe_names, recipe_text
+
+
+def print_comparison(console: Console, rows: Sequence[Row]) -> None:
+    """One table per dataset."""
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        table = Table(title=Text(dataset), title_justify="left")
+        for number, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            if row.dataset == dataset:
+                table.add_row(*(Text(cell) for cell in cells(row)))
+        console.print(table)
+
+
+def print_recipes(console: Console) -> None:
+    table = Table("recipe", "what it is", "datasets", "epochs")
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        heading = recipe_text(name).splitlines()[0].removeprefix("#").strip()
+        what = heading.partition(": ")[2] or heading
+        table.add_row(name, what, ", ".join(recipe.datasets), f"{recipe.train.epochs:g}")
+    console.print(table)
+
+
+def print_recipe(console: Console, source: str, recipe: Recipe) -> None:
+    if source in recipe_names():
+        comments = [line for line in recipe_text(source).splitlines() if line.startswith("#")]
+        console.print("\n".join(comments), markup=False)
+    console.print(recipe.to_yaml(), markup=False)
+
+
+def print_layers(console: Console, recipe: Recipe, classes: int, size: int) -> None:
+    """The layer table for one image (counted by torchinfo): output shapes, parameters, totals, sizes in MB."""
+    import torchinfo
+
+    from cifarlab.models import build_model
+
+    side = recipe.train.resolution or size
+    model = build_model(recipe.model, classes=classes, size=(side, side), seed=recipe.seed)
+    summary = torchinfo.summary(model, input_size=(1, 3, side, side), device="cpu", verbose=0)
+    table = Table(title=f"{recipe.model.name}: {classes} classes, one image of 3x{side}x{side}", title_justify="left")
+    table.add_column("layer")
+    table.add_column("kind")
+    for column in ("output shape", "parameters", "multiply-adds"):
+        table.add_column(column, justify="right")
+    for layer in summary.summary_list:
+        if layer.is_leaf_layer:
+            shape = " x ".join(map(str, layer.output_size[1:]))
+            table.add_row(layer.var_name, layer.class_name, shape, _count(layer.num_params), _count(layer.macs))
+    console.print(table)
+    console.print(
+        f"parameters: {summary.total_params:,} ({summary.trainable_params:,} trainable); "
+        f"multiply-adds: {summary.total_mult_adds / 1e6:,.1f} million\n"
+        f"MB: {summary.total_input / 1e6:.2f} input, {summary.total_output_bytes / 1e6:.2f} activations, forward and "
+        f"backward, {summary.total_param_bytes / 1e6:.2f} parameters"
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else ""
+
+
+def print_scores(console: Console, log: dict[str, Any]) -> None:
+    """The figures of a test.json."""
+    table = Table("figure", "value")
+    for key, value in log.items():
+        if isinstance(value, int | float | None):
+            table.add_row(key, "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)

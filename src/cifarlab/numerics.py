@@ -1,0 +1,33 @@
+"""Dtype, layout, compilation. For now one choice, `exact`: fp32, eager, deterministic."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a model's arithmetic is done. `memory_format` is how images and convolution weights lie in memory."""
+
+    name: str
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+
+def exact(device: torch.device, *, channels_last_on_cpu: bool) -> Numerics:
+    """fp32, eager, deterministic: same seed, machine and thread count, same bits (on the CPU).
+
+    Layout does not change what is computed, only how fast: `channels_last_on_cpu` is the network's own preference.
+    Sets torch's process-wide switches.
+    """
+    # cuBLAS is deterministic only with a fixed workspace, and reads this when the first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    channels_last = channels_last_on_cpu and device.type == "cpu"
+    return Numerics("exact", torch.float32, torch.channels_last if channels_last else torch.contiguous_format)

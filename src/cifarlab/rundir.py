@@ -1,0 +1,216 @@
+"""The run folder: the only interface between training and everything that looks at results.
+
+    runs/ex1/cifar10/20261123-212500/
+        recipe.yaml  environment.json  train.json  test.json
+        loss.png  accuracy.png  confusion_matrix.png
+        best.pth  epoch-10.pth  step-700.pth  predictions.npz  validation_predictions.npz  events.out.tfevents…
+
+Nothing here imports torch until a checkpoint is read or written, so that tables are quick to make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cifarlab import files
+from cifarlab.errors import NotARunError, RecipeError, RunError
+from cifarlab.recipe import FOLDER_PREFIX, Recipe, make_recipe, parse_yaml
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CHECKPOINT = re.compile(r"(?:epoch|step)-(\d+)\.pth")
+MAX_RECORD_BYTES = 100_000_000
+EXAMPLE = "give a run folder, such as runs/ex1/cifar10/20261123-212500"
+
+
+def dataset_folder_name(dataset: str) -> str:
+    """A dataset's name as a folder's: `folder:/pictures/My cats` becomes `folder-My-cats`."""
+    if dataset.startswith(FOLDER_PREFIX):
+        base = Path(os.path.realpath(dataset.removeprefix(FOLDER_PREFIX))).name
+        # 60 characters of UTF-8 always fit into a folder's name.
+        return "folder-" + (re.sub(r"[^\w.-]+", "-", base)[:60].strip("-.") or "images")
+    return dataset
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder. Make a new one with `create`, or open one that is there with `open`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, runs: Path, recipe: Recipe, now: datetime) -> RunFolder:
+        """`runs/<recipe>/<dataset>/<time>`, with `-2`, `-3` … on a clash. Raises StorageError."""
+        parent = runs / recipe.name / dataset_folder_name(recipe.datasets[0])
+        files.make_folder(parent)
+        stamp = now.strftime("%Y%m%d-%H%M%S")
+        for number in range(1, 10_000):
+            path = parent / (stamp if number == 1 else f"{stamp}-{number}")
+            with contextlib.suppress(FileExistsError):
+                files.make_folder(path, exist_ok=False)
+                run = cls(path)
+                files.write_text(run.path / "recipe.yaml", recipe.to_yaml())
+                return run
+        raise RunError(f"cannot make a new run folder in {parent}: {stamp} and its numbered siblings are all taken")
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Raises NotARunError where `path` is no run folder."""
+        try:
+            is_folder = path.is_dir()
+            missing = [name for name in ("recipe.yaml", "train.json") if not (path / name).is_file()]
+        except OSError as error:
+            raise NotARunError(f"cannot read {path}: {error.strerror}") from error
+        if not is_folder:
+            raise NotARunError(f"{path} is not a folder; {EXAMPLE}")
+        if missing:
+            raise NotARunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}; {EXAMPLE}")
+        return cls(path)
+
+    # --- records ---
+
+    def recipe_values(self) -> dict[str, Any]:
+        """The recipe as plain values, not validated: what tables need. Raises NotARunError, as all readers here."""
+        try:
+            values = parse_yaml(self._text("recipe.yaml"), str(self.path / "recipe.yaml"))
+        except RecipeError as error:
+            raise NotARunError(str(error)) from None
+        if not isinstance(values, dict):
+            raise NotARunError(f"{self.path / 'recipe.yaml'} is damaged: it is not a recipe")
+        return values
+
+    def recipe(self) -> Recipe:
+        try:
+            return make_recipe(self.recipe_values(), origin=str(self.path / "recipe.yaml"))
+        except RecipeError as error:
+            raise NotARunError(str(error)) from None
+
+    def train_log(self) -> dict[str, Any]:
+        return self._json("train.json")
+
+    def test_log(self) -> dict[str, Any] | None:
+        return self._json("test.json") if (self.path / "test.json").exists() else None
+
+    def environment(self) -> dict[str, Any]:
+        return self._json("environment.json")
+
+    def write_train_log(self, values: dict[str, Any]) -> None:
+        files.write_json(self.path / "train.json", values)
+
+    def write_test_log(self, values: dict[str, Any]) -> None:
+        files.write_json(self.path / "test.json", values)
+
+    def write_environment(self, values: dict[str, Any]) -> None:
+        files.write_json(self.path / "environment.json", values)
+
+    def write_predictions(self, name: str, logits: np.ndarray, labels: np.ndarray, index: np.ndarray) -> None:
+        """logits float32 (N, K), labels int64 (N,), index int64 (N,): the images' places in the dataset as found."""
+        import numpy as np
+
+        with files.replacing(self.path / name) as file:
+            np.savez_compressed(file, logits=logits, labels=labels, index=index)
+
+    # --- checkpoints ---
+
+    def save_checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint with torch.save. Raises StorageError."""
+        import torch
+
+        with files.replacing(self.path / name) as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # torch puts an error of its own in front of what the operating system said.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    def load_checkpoint(self, name: str) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU with `weights_only=True`: nothing in it is executed. Raises NotARunError."""
+        import torch
+
+        path = self.path / name
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise NotARunError(f"{path} is missing; this run has saved no such checkpoint") from None
+        except OSError as error:
+            raise NotARunError(f"cannot read {path}: {error.strerror}") from error
+        except Exception as error:  # whatever comes to torch's mind: ten kinds, of bytes changed at random
+            raise NotARunError(
+                f"{path} is damaged, or holds more than tensors and plain values; cifarlab reads checkpoints of its own"
+            ) from error
+        if not isinstance(state, dict):
+            raise NotARunError(f"{path} is not a checkpoint of cifarlab: expected a dictionary")
+        return state
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints to go on from (not best.pth), oldest first."""
+        found = [path for path in self.path.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+    def keep_latest(self, count: int) -> None:
+        """Remove all but the `count` newest checkpoints to go on from."""
+        for path in self.checkpoints()[:-count]:
+            files.remove(path)
+
+    # --- reading what may be damaged ---
+
+    def _text(self, name: str) -> str:
+        path = self.path / name
+        try:
+            if path.stat().st_size > MAX_RECORD_BYTES:
+                raise NotARunError(f"{path} is larger than {MAX_RECORD_BYTES:,} bytes; it was not written by cifarlab")
+            return path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise NotARunError(f"{path} is missing; is {self.path} a whole run folder?") from None
+        except OSError as error:
+            raise NotARunError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise NotARunError(f"{path} is damaged: it is not text") from None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            values = json.loads(self._text(name), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise NotARunError(f"{self.path / name} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise NotARunError(f"{self.path / name} is damaged: expected a JSON object")
+        return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def find_runs(places: Iterable[Path]) -> list[RunFolder]:
+    """The run folders among `places` and below them, sorted by path, each once. Links to folders are not followed.
+
+    Raises NotARunError where a place does not exist or holds none.
+    """
+    found: dict[Path, RunFolder] = {}
+    for place in places:
+        try:
+            exists = place.exists()
+        except OSError as error:
+            raise NotARunError(f"cannot read {place}: {error.strerror}") from error
+        if not exists:
+            raise NotARunError(f"{place} does not exist; give run folders, or a folder that holds some, such as runs")
+        inside = [
+            RunFolder(log.parent)
+            for log in place.rglob("train.json")
+            if log.is_file() and (log.parent / "recipe.yaml").is_file()
+        ]
+        if not inside:
+            raise NotARunError(f"{place} holds no run; 'cifarlab run RECIPE' makes one")
+        found |= {run.path.resolve(): run for run in inside}
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,369 @@
+"""The loop and the run folder: against a loop written out by hand, and against itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cifarlab import experiment
+from cifarlab.data.batches import epoch_order
+from cifarlab.data.dataset import Dataset, Images
+from cifarlab.data.prepare import prepare
+from cifarlab.data.split import balanced_limit
+from cifarlab.errors import DivergedError, RunError, StorageError
+from cifarlab.models import build_model
+from cifarlab.recipe import Recipe, load_recipe
+from cifarlab.rundir import RunFolder
+from cifarlab.train import Progress, StopRequest
+
+CPU = torch.device("cpu")
+SMALL = ["model.name=ex1", "train.batch_size=32", "train.epochs=3", "train.checkpoint_every=null"]
+
+
+class Quiet:
+    """A display that looks after every step, and can do something then."""
+
+    def __init__(self, action: Any = None) -> None:
+        self.seen: list[Progress] = []
+        self.action = action
+
+    def due(self) -> bool:
+        return True
+
+    def progress(self, progress: Progress) -> None:
+        self.seen.append(progress)
+        if self.action:
+            self.action(progress)
+
+    def epoch(self, entry: dict[str, Any], epochs: float) -> None:
+        pass
+
+
+def make_dataset(train: int = 200, test: int = 50, validation: int = 0) -> Dataset:
+    """Four classes that differ by where a bright patch is, so that a few steps teach something."""
+    generator = np.random.default_rng(0)
+
+    def part(count: int) -> Images:
+        labels = np.arange(count) % 4
+        pixels = generator.integers(0, 120, (count, 3, 32, 32), dtype=np.uint8)
+        for place, label in enumerate(labels):
+            row, column = divmod(int(label), 2)
+            pixels[place, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] += 60
+        return Images(pixels, labels.astype(np.int64))
+
+    return Dataset(
+        "digits", tuple("abcd"), part(train), part(validation) if validation else None, part(test), "made here"
+    )
+
+
+def run(
+    tmp_path: Path,
+    *overrides: str,
+    display: Quiet | None = None,
+    stop: StopRequest | None = None,
+    dataset: Dataset | None = None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> RunFolder:
+    found = dataset or make_dataset()
+    monkeypatch.setattr(experiment, "load_dataset", lambda *_: found)
+    return experiment.run_experiment(
+        recipe(*overrides),
+        data_folder=None,
+        runs=tmp_path,
+        device=CPU,
+        display=display or Quiet(),
+        stop=stop or StopRequest(),
+        process_started=0.0,
+        report=lambda _: None,
+    )
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("ex1", [*SMALL, *overrides]).resolved(dataset="digits", seed=0)
+
+
+def without_times(log: dict[str, Any]) -> dict[str, Any]:
+    times = {
+        "started",
+        "finished",
+        "train_time",
+        "wall_time",
+        "images_per_second",
+        "peak_memory",
+        "test_time",
+        "total_time",
+    }
+    kept = {key: value for key, value in log.items() if key not in times}
+    if "epochs" in kept:
+        kept["epochs"] = [{k: v for k, v in entry.items() if k != "seconds"} for entry in kept["epochs"]]
+    return kept
+
+
+def test_the_loop_equals_one_written_out_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of EX-1 with torch's own Adam, normalisation and cross-entropy, and its log by scikit-free sums."""
+    plan = recipe("train.epochs=2", "loss.label_smoothing=0.1", "data.validation=0.2")
+    folder = run(tmp_path, "train.epochs=2", "loss.label_smoothing=0.1", "data.validation=0.2", monkeypatch=monkeypatch)
+    log, state = folder.train_log(), folder.load_checkpoint("best.pth")
+
+    dataset = make_dataset()
+    data = prepare(dataset, plan.data, seed=0)
+    assert data.validation is not None
+    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    images = (torch.from_numpy(dataset.train.pixels).float() / 255 - mean) / std
+    labels = torch.from_numpy(dataset.train.labels)
+    torch.testing.assert_close(images[data.train.index].mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images[data.train.index].std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
+
+    model = build_model(plan.model, classes=4, size=(32, 32), seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    weights = []
+    for epoch, entry in enumerate(log["epochs"]):
+        model.train()
+        total, correct = 0.0, 0
+        order = epoch_order(torch.from_numpy(data.train.index), 0, epoch)
+        for batch in torch.split(order, 32):
+            logits = model(images[batch])
+            loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total += loss.item() * len(batch)
+            correct += int((logits.argmax(1) == labels[batch]).sum())
+        assert entry["train_loss"] == pytest.approx(total / len(order), rel=1e-4)
+        assert entry["train_accuracy"] == pytest.approx(correct / len(order), abs=1.5 / len(order))
+        model.eval()
+        with torch.no_grad():
+            held = model(images[data.validation.index])
+        assert entry["val_loss"] == pytest.approx(F.cross_entropy(held, labels[data.validation.index]).item(), rel=1e-3)
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+    for name, value in state["model"].items():
+        if name.startswith("conv") and name.endswith("bias"):
+            continue  # BatchNorm takes it away again: its gradient is rounding, which Adam makes as large as any
+        torch.testing.assert_close(value, weights[log["best_epoch"] - 1][name], atol=2e-4, rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    augmented = ["augment={crop_padding: 2, flip: random}", "schedule.name=one_cycle"]
+    first, second = (run(tmp_path / name, *augmented, monkeypatch=monkeypatch) for name in ("a", "b"))
+    assert without_times(first.train_log()) == without_times(second.train_log())
+    assert without_times(first.test_log() or {}) == without_times(second.test_log() or {})
+    one, other = (folder.load_checkpoint("best.pth")["model"] for folder in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    third = run(tmp_path / "c", *augmented, "data.workers=0", "data.memory=1", "seed=0", monkeypatch=monkeypatch)
+    streamed = third.load_checkpoint("best.pth")["model"]
+    assert all(torch.equal(one[name], streamed[name]) for name in one), "streaming changes the result"
+
+
+def test_running_the_written_recipe_again_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path / "a", "augment.flip=random", "schedule.name=cosine", monkeypatch=monkeypatch)
+    again = load_recipe(str(first.path / "recipe.yaml"))
+    assert again == first.recipe()
+    second = run(tmp_path / "b", "augment.flip=random", "schedule.name=cosine", monkeypatch=monkeypatch)
+    assert second.recipe() == again
+    one, other = (folder.load_checkpoint("best.pth")["model"] for folder in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_best_checkpoint_is_the_best_epoch_and_the_gap_is_measured_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path, "train.epochs=5", "data.validation=0.3", monkeypatch=monkeypatch)
+    log, state = folder.train_log(), folder.load_checkpoint("best.pth")
+    order = [(entry["val_accuracy"], -entry["val_loss"]) for entry in log["epochs"]]
+    assert log["best_epoch"] == 1 + order.index(max(order)) == state["epoch"]
+    assert log["best_val_accuracy"] == max(order)[0]
+    validation = np.load(folder.path / "validation_predictions.npz")
+    assert (validation["logits"].argmax(1) == validation["labels"]).mean() == pytest.approx(log["best_val_accuracy"])
+
+    # The gap by hand: evaluation mode, no augmentation, a class-balanced sample as large as the validation set.
+    plan, dataset = folder.recipe(), make_dataset()
+    data = prepare(dataset, plan.data, seed=0)
+    assert data.validation is not None
+    sample = balanced_limit(dataset.train.labels, data.train.index, len(data.validation), 0)
+    assert len(np.intersect1d(sample, data.validation.index)) == 0
+    assert np.bincount(dataset.train.labels[sample]).tolist() == [15] * 4
+    model = build_model(plan.model, classes=4, size=(32, 32), seed=0)
+    model.load_state_dict(state["model"])
+    model.eval()
+    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    pixels = (torch.from_numpy(dataset.train.pixels[sample]).float() / 255 - mean) / std
+    accuracy = (model(pixels).argmax(1).numpy() == dataset.train.labels[sample]).mean()
+    assert log["overfitting_gap"] == pytest.approx(accuracy - log["best_val_accuracy"], abs=1e-6)
+
+
+def test_the_test_set_is_scored_once_on_the_best_checkpoint_and_later_looks_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path, monkeypatch=monkeypatch)
+    first = folder.test_log()
+    assert first is not None and first["test_looks"] == 1
+    again = experiment.score_run(folder.path, data_folder=None, device=CPU, report=lambda _: None)
+    assert again["test_looks"] == 2
+    assert without_times(again) | {"test_looks": 1} == without_times(first)
+    assert again["total_time"] == first["total_time"]
+
+
+def test_training_never_touches_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other test images and labels change nothing in training; and `evaluate.test: false` leaves no score."""
+    dataset = make_dataset()
+    assert dataset.test is not None
+    changed = Images(255 - dataset.test.pixels, dataset.test.labels[::-1].copy())
+    other = Dataset(dataset.name, dataset.classes, dataset.train, None, changed, dataset.source)
+    first = run(tmp_path / "a", monkeypatch=monkeypatch)
+    second = run(tmp_path / "b", "evaluate.test=false", dataset=other, monkeypatch=monkeypatch)
+    assert without_times(first.train_log()) == without_times(second.train_log())
+    assert second.test_log() is None
+
+
+def test_without_validation_the_best_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(tmp_path, "data.validation=0", monkeypatch=monkeypatch)
+    log = folder.train_log()
+    assert log["best_epoch"] == 3 and folder.load_checkpoint("best.pth")["step"] == 21
+    assert log["best_val_accuracy"] is None and log["overfitting_gap"] is None
+    assert [entry["val_loss"] for entry in log["epochs"]] == [None] * 3
+
+
+def test_part_of_an_epoch_is_counted_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    display = Quiet()
+    folder = run(tmp_path, "train.epochs=1.5", "data.validation=0", display=display, monkeypatch=monkeypatch)
+    assert display.seen[-1].step == display.seen[-1].total_steps == 10  # 7 steps an epoch: round(10.5) is 10
+    assert len(folder.train_log()["epochs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("every", "names"),
+    [
+        ("{epochs: 1}", ["epoch-2.pth", "epoch-3.pth"]),
+        ("{steps: 4}", ["step-12.pth", "step-16.pth"]),
+        ("{share: 0.5}", ["step-9.pth", "epoch-3.pth"]),
+        ("null", []),
+    ],
+)
+def test_checkpoints_come_when_asked_for_and_the_latest_stay(
+    every: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path, f"train.checkpoint_every={every}", monkeypatch=monkeypatch)
+    assert [path.name for path in folder.checkpoints()] == names
+    for name in names:
+        state = folder.load_checkpoint(name)
+        assert state["step"] == (int(name[5:-4]) if name.startswith("step") else 6 * int(name[6:-4]))
+        assert {"model", "optimizer", "epochs", "best", "train_time", "sums"} <= state.keys()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_names_the_step_and_keeps_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cross_entropy, calls = F.cross_entropy, []
+
+    def spoiled(logits: torch.Tensor, labels: torch.Tensor, **settings: Any) -> torch.Tensor:
+        calls.append(1)
+        return cross_entropy(logits, labels, **settings) * (math.nan if len(calls) == 9 else 1)
+
+    monkeypatch.setattr(F, "cross_entropy", spoiled)
+    with pytest.raises(DivergedError, match=r"the loss became NaN or infinite at step 8 \(epoch 2\)"):
+        run(tmp_path, "train.checkpoint_every.epochs=1", monkeypatch=monkeypatch)
+    monkeypatch.undo()
+    folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
+    log = folder.train_log()
+    assert log["status"] == "failed" and "step 8" in log["error"]
+    assert len(log["epochs"]) == 1 and all(math.isfinite(v) for v in log["epochs"][0].values())
+    for name in ("best.pth", "epoch-1.pth"):
+        assert all(torch.isfinite(value).all() for value in folder.load_checkpoint(name)["model"].values())
+    assert not list(folder.path.glob("step-*"))
+    assert folder.test_log() is None
+
+
+def test_a_stop_finishes_the_step_saves_and_leaves_the_test_set_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+
+    def at_step_8(progress: Progress) -> None:
+        if progress.step == 8:
+            stop.signal = signal.SIGINT
+
+    folder = run(tmp_path, display=Quiet(at_step_8), stop=stop, monkeypatch=monkeypatch)
+    log = folder.train_log()
+    assert log["status"] == "stopped" and log["finished"] is not None and len(log["epochs"]) == 1
+    assert folder.load_checkpoint("step-8.pth")["step"] == 8
+    assert folder.test_log() is None
+    assert not stop.listening
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+    saved: list[int] = []
+
+    def full(state: Any, file: Any) -> None:
+        saved.append(1)
+        if len(saved) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(StorageError, match=r"cannot write .*epoch-1\.pth: the disk is full"):
+        run(tmp_path, "train.checkpoint_every.epochs=1", monkeypatch=monkeypatch)
+    folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
+    assert folder.train_log()["status"] == "failed"
+    assert folder.load_checkpoint("best.pth")["epoch"] == 1
+    assert not list(folder.path.glob(".*")) and not list(folder.path.glob("epoch-*"))
+
+
+def test_memory_that_runs_out_is_one_sentence_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(progress: Progress) -> None:
+        torch.empty(2**60)
+
+    with pytest.raises(RunError, match=r"out of memory in .*; try --set train.batch_size=16"):
+        run(tmp_path, display=Quiet(hungry), monkeypatch=monkeypatch)
+
+
+def test_tensorboard_has_the_log_s_curves_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    live: list[int] = []
+
+    def look(progress: Progress) -> None:
+        if progress.step == 13:  # in the third epoch of three
+            events = EventAccumulator(str(next(tmp_path.rglob("train.json")).parent))
+            events.Reload()
+            live.append(len(events.Scalars("loss/train")))
+
+    folder = run(tmp_path, display=Quiet(look), monkeypatch=monkeypatch)
+    assert live == [2]
+    events = EventAccumulator(str(folder.path))
+    events.Reload()
+    epochs = folder.train_log()["epochs"]
+    for tag, key in [("loss/train", "train_loss"), ("accuracy/validation", "val_accuracy"), ("lr", "lr")]:
+        scalars = events.Scalars(tag)
+        assert [s.step for s in scalars] == [6, 12, 18]
+        assert [s.value for s in scalars] == pytest.approx([entry[key] for entry in epochs], rel=1e-6)
+
+
+def test_rare_classes_weigh_more_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.array([0] * 60 + [1] * 30 + [3] * 10)
+    images = Images(np.zeros((100, 3, 32, 32), np.uint8), labels)
+    images.pixels[:, 0, 0, 0] = np.arange(100)  # no duplicates
+    dataset = Dataset("digits", tuple("abcd"), images, None, make_dataset().test, "made here")
+    plan = recipe("loss.class_weights=balanced", "data.validation=0")
+    weights = experiment._class_weights(plan, prepare(dataset, plan.data, 0), CPU)
+    assert weights is not None
+    # scikit-learn counts only the classes that are there.
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels) * 3 / 4
+    assert weights[[0, 1, 3]].numpy() == pytest.approx(expected)
+    assert weights[2] == 0
+    assert json.dumps(weights.tolist())
