@@ -18,6 +18,9 @@ from cifarlab.errors import NotARunError
 from cifarlab.recipe import fingerprint, flatten
 from cifarlab.rundir import RunFolder
 
+TRAIN_FIGURES = ("best_val_accuracy", "train_time", "parameters", "overfitting_gap")
+TEST_FIGURES = ("accuracy", "test_time")
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -128,10 +131,6 @@ def _read(folder: RunFolder) -> _Run:
         fields=fields | {"content": content_hash[:8]},
         figures=figures,
     )
-
-
-TRAIN_FIGURES = ("best_val_accuracy", "train_time", "parameters", "overfitting_gap")
-TEST_FIGURES = ("accuracy", "test_time")
 
 
 def _number(record: dict[str, Any], name: str, path: Path) -> float | None:

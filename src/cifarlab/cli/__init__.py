@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cifarlab import __version__
-from cifarlab.cli.common import DataOption, printable
+from cifarlab.cli.common import DataOption, make_console, printable
 from cifarlab.cli.data import data_app
 from cifarlab.errors import CifarlabError, UsageError
 
@@ -123,15 +123,13 @@ def _run_all(plans: list[Any], data: Path | None, runs: Path, device_name: str) 
     machine.keep_memory()  # before the first tensor
     import time
 
-    from rich.console import Console
-
     from cifarlab.cli.display import RunDisplay
     from cifarlab.cli.tables import print_comparison
     from cifarlab.compare import compare
     from cifarlab.experiment import run_experiment
     from cifarlab.train import StopRequest
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     device = machine.choose_device(device_name)
     began = time.time() - machine.process_age()
     done: list[RunFolder] = []
@@ -201,11 +199,9 @@ def _signals(stop: StopRequest) -> Iterator[None]:
 @app.command()
 def recipes() -> None:
     """List the recipes that come with cifarlab."""
-    from rich.console import Console
-
     from cifarlab.cli.tables import print_recipes
 
-    print_recipes(Console(highlight=False))
+    print_recipes(make_console())
 
 
 @app.command()
@@ -216,8 +212,6 @@ def show(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field.")] = None,
 ) -> None:
     """Show a resolved recipe and its network's layers: output shapes, parameters, sizes."""
-    from rich.console import Console
-
     from cifarlab.cli.tables import print_layers, print_recipe
     from cifarlab.data.sources import dataset_shape
     from cifarlab.recipe import load_recipe
@@ -225,7 +219,7 @@ def show(
     plan = load_recipe(recipe, set_ or [])
     name = dataset or plan.datasets[0]
     plan = plan.resolved(dataset=name, seed=plan.seed)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     print_recipe(console, recipe, plan)
     print_layers(console, plan, *dataset_shape(name))
 
@@ -240,12 +234,10 @@ def test(
     from cifarlab import machine
 
     machine.keep_memory()
-    from rich.console import Console
-
     from cifarlab.cli.tables import print_scores
     from cifarlab.experiment import score_run
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     log = score_run(
         run,
         data_folder=data,
@@ -275,11 +267,9 @@ def compare(
 
     rows = comparison.compare(find_runs(runs or [RUNS]))
     if format_ is Format.table:
-        from rich.console import Console
-
         from cifarlab.cli.tables import print_comparison
 
-        print_comparison(Console(highlight=False), rows)
+        print_comparison(make_console(), rows)
         return
     forms = {"markdown": comparison.to_markdown, "csv": comparison.to_csv, "json": comparison.to_json}
     sys.stdout.write(forms[format_.value](rows))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DataOption = Annotated[
     Path | None,
@@ -24,3 +27,11 @@ def printable(text: str) -> str:
 def say(text: str) -> None:
     """Print a line."""
     sys.stdout.write(printable(text) + "\n")
+
+
+def make_console() -> Console:
+    """Where tables and the live line go; wide where no terminal says how wide it is, so that files keep whole lines."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=160)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 data_app = typer.Typer(no_args_is_help=True, help="Download, check and describe datasets.")
 
+MOST_PICTURES = 60
 DOWNLOADED = ("cifar10", "cifar100")
 
 
@@ -129,8 +130,8 @@ def check(
         names = found.classes[test.labels[pair.a]], found.classes[train.labels[pair.b]]
         say(f"  {pair.similarity:.3f}  test {pair.a} ({names[0]})  training {pair.b} ({names[1]})")
     if pictures is not None:
-        pair_sheet(test, train, pairs, found.classes, pictures)
-        say(f"pictures: {pictures}")
+        pair_sheet(test, train, pairs[:MOST_PICTURES], found.classes, pictures)
+        say(f"the {min(len(pairs), MOST_PICTURES)} most alike: {pictures}")
 
 
 def _load(name: str, folder: Path | None) -> Dataset:

@@ -16,9 +16,13 @@ from cifarlab.recipe import Recipe, load_recipe, recipe_names, recipe_text
 def print_comparison(console: Console, rows: Sequence[Row]) -> None:
     """One table per dataset."""
     for dataset in dict.fromkeys(row.dataset for row in rows):
-        table = Table(title=Text(dataset), title_justify="left")
+        table = Table(title=Text(dataset), title_justify="left", padding=(0, 0, 0, 1))
         for number, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
+            words = max(len(word) for word in column.split())
+            if number:
+                table.add_column(column, justify="right", min_width=words)
+            else:
+                table.add_column(column, min_width=words, overflow="fold")
         for row in rows:
             if row.dataset == dataset:
                 table.add_row(*(Text(cell) for cell in cells(row)))

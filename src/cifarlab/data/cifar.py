@@ -9,7 +9,7 @@
 
 The first that is there is read. The number of images comes from the files, so that small cuts in the same form are read
 too; everything else must be as the official files have it, and what is not is refused by name. Nothing in a file is
-executed, and nothing of an archive is extracted: see `unpickle` and `_open_archive`.
+executed, and nothing of an archive is extracted: see `unpickle` and `_Archive`.
 
 The formats are described at https://www.cs.toronto.edu/~kriz/cifar.html (A. Krizhevsky, 2009).
 """
@@ -38,8 +38,8 @@ from cifarlab.errors import DataError, nearest
 
 PIXELS = 3 * 32 * 32
 
-# Caps on what is read, well above the official sizes (155 MB, 186 MB, 11 members, 3 KB): a damaged or hostile file must
-# not take the machine's memory.
+# Caps on what is read, well above the official sizes (155 MB, 186 MB, some ten members, 3 KB): a damaged or hostile
+# file must not take the machine's memory.
 _MAX_FILE = 2**28
 _MAX_ARCHIVE = 2**29
 _MAX_MEMBERS = 1000
@@ -290,7 +290,7 @@ class _Archive:
         with tarfile.open(fileobj=stream, mode="r|", bufsize=2**20) as archive:
             for count, member in enumerate(archive):
                 if count >= _MAX_MEMBERS:
-                    raise DataError(f"{self.path} has more than {_MAX_MEMBERS} members; the official archive has 11")
+                    raise DataError(f"{self.path} has more than {_MAX_MEMBERS} members, which no archive of CIFAR has")
                 folder, _, name = member.name.removeprefix("./").partition("/")
                 if folder != self.folder or name not in names:
                     continue

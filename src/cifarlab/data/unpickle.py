@@ -6,7 +6,7 @@ gigabytes of memory (CPython issue 115952; the fix is not in every Python that t
 walked here, all of those that hold plain data, and those that call something only in the exact forms that a numpy array
 of bytes takes. Nothing is imported, nothing called, no attribute set, and memory is bounded by the size of the file.
 
-Read are the official files (Python 2, protocol 2, and protocol 0 for text) and the same rewritten by Python 3 in any
+Read are pickles of Python 2 in protocols 0 and 2, as the official files are, and the same rewritten by Python 3 in any
 protocol from 0 to 5, by numpy 1 or 2.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from cifarlab.data.dataset import UInt8Array
 from cifarlab.errors import DataError
 
-# The largest official file (train, CIFAR-100) has 155 MB and some 260,000 opcodes.
+# The largest official file (train, CIFAR-100) has 155 MB, and a few opcodes for each of its 50,000 images.
 MAX_BYTES = 2**28
 MAX_OPCODES = 4_000_000
 
