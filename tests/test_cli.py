@@ -71,7 +71,11 @@ def pictures(tmp_path: Path) -> Path:
         (["show", "ex1", "--dataset", "folder:/nowhere/at/all"], 3, "/nowhere/at/all"),
         (["data", "info", "cifar11"], 2, "unknown dataset 'cifar11'"),
         (["data", "fetch", "digits"], 2, "'digits' can't be downloaded"),
-        (["data", "check", "digits", "--pictures", "x.jpg"], 2, "--pictures x.jpg: expected a name that ends in .png"),
+        (
+            ["data", "check", "digits", "--pictures", "x.jpg"],
+            2,
+            "--pictures x.jpg: expected a name that ends in .png, and one dataset",
+        ),
         (["test", "/nowhere/at/all"], 4, "/nowhere/at/all is not a folder"),
         (["compare", "/nowhere/at/all"], 4, "/nowhere/at/all does not exist"),
         (["compare", "--format", "xml"], 2, "invalid value for '--format'"),
@@ -232,7 +236,7 @@ def test_data_check_finds_a_planted_twin_and_draws_it(
     code, out, _ = call(capsys, monkeypatch, "data", "check", f"folder:{tmp_path / 'set'}", "--pictures", sheet)
     assert code == 0
     assert re.search(r"exact: 1 of 33 test images stand in training too \(0 under another label\)", out)
-    assert re.search(r"near: 1 test images .*\n  1\.000  test \d+ \(light\)  training \d+ \(light\)", out)
+    assert re.search(r"near: 1 test images .*\n    1\.000  test \d+ \(light\)  training \d+ \(light\)", out)
     assert sheet.read_bytes().startswith(b"\x89PNG")
 
 

@@ -82,7 +82,7 @@ def info(
 
 @data_app.command()
 def check(
-    dataset: Annotated[str, typer.Argument(help="cifar10, cifar100, digits or folder:PATH.")],
+    dataset: Annotated[list[str] | None, typer.Argument(help="Datasets. [default: cifar10 and cifar100]")] = None,
     data: DataOption = None,
     threshold: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Similarity from which two images are near duplicates.")
@@ -95,43 +95,51 @@ def check(
 
     Example: cifarlab data check cifar100 --pictures twins.png
     """
-    from cifarlab.data.leaks import THRESHOLD, near_duplicates, pair_sheet
+    names = dataset or DOWNLOADED
+    if pictures is not None and (pictures.suffix.lower() != ".png" or len(names) > 1):
+        raise UsageError(f"--pictures {pictures}: expected a name that ends in .png, and one dataset")
+    for name in names:
+        _check(name, data, threshold, pictures)
+
+
+def _check(name: str, data: Path | None, threshold: float | None, pictures: Path | None) -> None:
+    from cifarlab.data.leaks import THRESHOLD, near_duplicates, pair_sheet, pixel_hashes, twins
     from cifarlab.data.prepare import prepare
     from cifarlab.recipe import Data
 
-    if pictures is not None and pictures.suffix.lower() != ".png":
-        raise UsageError(f"--pictures {pictures}: expected a name that ends in .png")
-    found = _load(dataset, data)
-    # Without a validation set: training and validation images are checked against the test images alike.
+    found = _load(name, data)
+    # No validation set is split off: it will come out of the training images, whichever they are.
     sides = prepare(found, Data(validation=0), seed=0)
-    say(f"{dataset}: {sides.record['source']}")
+    say(f"{name}: {sides.record['source']}")
     for note in sides.record["notes"]:
         say(f"  {note}")
-    leaks = sides.record["leaks"]
-    within, across = leaks["within_train"], leaks["train_test"]
+    within, across = sides.record["leaks"]["within_train"], sides.record["leaks"]["train_test"]
     say(
-        f"exact: {within['images']:,} training images stand there more than once "
+        f"  exact: {within['images']:,} of {len(sides.train):,} training images stand there more than once "
         f"({within['conflicting_labels']:,} under more than one label)"
     )
     say(
-        f"exact: {across['images']:,} of {len(sides.test):,} test images stand in training too "
+        f"  exact: {across['images']:,} of {len(sides.test):,} test images stand in training too "
         f"({across['conflicting_labels']:,} under another label)"
     )
     test = sides.test.images.take(sides.test.index)
     train = sides.train.images.take(sides.train.index)
+    if found.validation is not None:
+        repeated = twins(pixel_hashes(found.validation.pixels), pixel_hashes(train.pixels))
+        say(f"  exact: {len(repeated):,} of {len(found.validation):,} validation images stand in training too")
     limit = THRESHOLD if threshold is None else threshold
     pairs = near_duplicates(test.pixels, train.pixels, limit)
     differing = sum(test.labels[pair.a] != train.labels[pair.b] for pair in pairs)
     say(
-        f"near: {len(pairs):,} test images ({len(pairs) / len(test):.1%}) look like a training image "
+        f"  near: {len(pairs):,} test images ({len(pairs) / len(test):.1%}) look like a training image "
         f"(similarity at least {limit}; {differing:,} under another label)"
     )
     for pair in pairs[:10]:
-        names = found.classes[test.labels[pair.a]], found.classes[train.labels[pair.b]]
-        say(f"  {pair.similarity:.3f}  test {pair.a} ({names[0]})  training {pair.b} ({names[1]})")
+        labels = found.classes[test.labels[pair.a]], found.classes[train.labels[pair.b]]
+        say(f"    {pair.similarity:.3f}  test {pair.a} ({labels[0]})  training {pair.b} ({labels[1]})")
     if pictures is not None:
         pair_sheet(test, train, pairs[:MOST_PICTURES], found.classes, pictures)
-        say(f"the {min(len(pairs), MOST_PICTURES)} most alike: {pictures}")
+        say(f"  the {min(len(pairs), MOST_PICTURES)} most alike: {pictures}")
 
 
 def _load(name: str, folder: Path | None) -> Dataset:
