@@ -18,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -48,8 +49,7 @@ def ours(name: str, data: Path, device_name: str) -> Round:
     from datetime import datetime
 
     from cifarlab.data.prepare import prepare
-    from cifarlab.data.sources import load_dataset
-    from cifarlab.experiment import make_task
+    from cifarlab.experiment import load, make_task
     from cifarlab.recipe import load_recipe
     from cifarlab.rundir import RunFolder
     from cifarlab.train import StopRequest, train
@@ -57,7 +57,7 @@ def ours(name: str, data: Path, device_name: str) -> Round:
     warm, timed = STEPS[name]["ours"]
     recipe = load_recipe(name, ["evaluate.test=false"]).resolved(dataset="cifar10", seed=0)
     device = machine.choose_device(device_name)
-    prepared = prepare(load_dataset("cifar10", recipe.data, None, data, print), recipe.data, 0)
+    prepared = prepare(load(recipe, data, print), recipe.data, 0)
     folder = tempfile.TemporaryDirectory()
 
     class Clock:
@@ -188,7 +188,10 @@ def standard(name: str, data: Path, device_name: str, workers: int) -> Round:
         steps(warm)
         began = time.perf_counter()
         steps(timed)
-        return timed * BATCH / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if workers:
+            time.sleep(1.0)  # for the workers to fill their queue again: what it lends one round it owes to no other
+        return timed * BATCH / seconds
 
     return one_round
 
@@ -217,9 +220,7 @@ def measure(name: str, data: Path, device: str, rounds: int) -> dict[str, list[f
         theirs.close()
         ends[contender].recv()
     for number in range(rounds):
-        # Each takes every place in the order once, so that none always follows the same one.
-        for place in range(len(CONTENDERS)):
-            contender = CONTENDERS[(place + number) % len(CONTENDERS)]
+        for contender in random.Random(number).sample(CONTENDERS, len(CONTENDERS)):
             ends[contender].send(True)
             results[contender].append(ends[contender].recv())
     for end in ends.values():

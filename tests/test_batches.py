@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cifarlab.data.batches import ImageStore, epoch_order, reader_died
+from cifarlab.data.batches import ImageStore, epoch_order
 from cifarlab.data.dataset import Images
-from cifarlab.errors import RunError
 
 CPU = torch.device("cpu")
 
@@ -84,19 +83,30 @@ def test_a_map_is_opened_again_in_a_worker_rather_than_copied_to_it(tmp_path: Pa
     assert len(sent) < 1000
     index = np.array([5, 1999, 0])
     assert np.array_equal(pickle.loads(sent)[index].numpy(), images.pixels[index])
+    part = images.pixels[1500:]  # says the same offset as the whole
+    assert np.array_equal(pickle.loads(pickle.dumps(_Rows(part)))[index[::2]].numpy(), part[index[::2]])
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a worker by a POSIX signal")
+KILL_A_WORKER = """
+import multiprocessing, os, signal, sys
+import numpy as np, torch
+from cifarlab.data.batches import ImageStore, reader_died
+from cifarlab.data.dataset import Images
+images = Images(np.zeros((4000, 3, 8, 8), np.uint8), np.zeros(4000, np.int64))
+batches = ImageStore.of(images, torch.device("cpu"), memory=10, workers=1).batches(torch.arange(4000), 1)
+next(batches)
+try:
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    list(batches)
+except Exception as error:  # torch raises it wherever the main thread is
+    print(error if type(error).__name__ == "RunError" else reader_died(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a worker by a POSIX signal")
 def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
-    import multiprocessing
-
-    store = ImageStore.of(some_images(4000), CPU, memory=10, workers=1)
-    batches = store.batches(torch.arange(4000), 1)
-    next(batches)
-    with pytest.raises((RunError, RuntimeError)) as caught:
-        for child in multiprocessing.active_children():
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGKILL)
-        list(batches)
-    sentence = caught.value if isinstance(caught.value, RunError) else reader_died(caught.value)
-    assert "a process that reads images died" in str(sentence)
+    """In a process of its own: from then on torch may raise anywhere, in pytest too."""
+    command = [sys.executable, "-c", KILL_A_WORKER]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert output.startswith("a process that reads images died") and "data.workers=0" in output

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,10 @@ def pictures(tmp_path: Path) -> Path:
         (["run", "ex1", "--data", "/nowhere/at/all"], 3, "/nowhere/at/all is not a folder"),
         (["run", "ex1", "--dataset", "folder:/nowhere/at/all"], 3, "/nowhere/at/all"),
         (["show", "ex1", "--dataset", "folder:/nowhere/at/all"], 3, "/nowhere/at/all"),
+        (["run", "ex1", "--dataset", "digits", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
+        (["run", "ex1", "--dataset", "digits", "--seed", "3000000000"], 2, "seed: expected less than 2147483648"),
+        (["run", "ex1", "--dataset", "folder:~nobody-here/x"], 3, "write the whole path"),
+        (["run", "ex1", "--dataset", "folder:/" + 300 * "x"], 3, "cannot read /xxx"),
         (["data", "info", "cifar11"], 2, "unknown dataset 'cifar11'"),
         (["data", "fetch", "digits"], 2, "'digits' can't be downloaded"),
         (
@@ -190,6 +195,10 @@ def test_a_bad_image_is_named_and_skipped_only_by_choice(
     assert code == 3 and "broken.png" in err and "data.bad_files=skip" in err and err.count("\n") == 1
     code, out, err = call(capsys, monkeypatch, *arguments, "--set", "data.bad_files=skip")
     assert code == 0 and "broken.png" in out
+    info = ["data", "info", f"folder:{pictures}"]
+    assert call(capsys, monkeypatch, *info)[0] == 3
+    code, out, _ = call(capsys, monkeypatch, *info, "--set", "data.bad_files=skip", "--set", "train.resolution=24")
+    assert code == 0 and "64 images of 24x24" in out
 
 
 def test_show_gives_a_recipe_that_runs_again_and_the_layer_table(
@@ -265,3 +274,74 @@ def test_control_characters_from_outside_do_not_reach_the_terminal(
 ) -> None:
     code, out, err = call(capsys, monkeypatch, "run", "ex1", "--dataset", "folder:/nowhere/\x1b[31mred\x07")
     assert code == 3 and "\x1b" not in out + err and "\x07" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("folders", "sentence"),
+    [
+        (["only/a"], "has one class folder"),
+        (["train/a", "train/b", "test/a", "test/c"], "the class folders differ"),
+        ([], "has no class folders"),
+    ],
+)
+def test_folders_that_are_no_dataset_are_refused_with_exit_code_3(
+    folders: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / folder / "1.png")
+    place = root / "only" if folders == ["only/a"] else root
+    code, _, err = call(capsys, monkeypatch, "run", "ex1", "--dataset", f"folder:{place}", "--runs", tmp_path / "runs")
+    assert code == 3 and sentence in err and err.count("\n") == 1
+
+
+def test_a_loss_that_diverges_is_exit_code_4_and_what_finished_before_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from cifarlab import experiment
+    from cifarlab.errors import DivergedError
+    from cifarlab.train import train
+
+    def diverge(recipe: Any, *rest: Any) -> None:
+        if recipe.seed == 1:
+            raise DivergedError("the loss became NaN")
+        train(recipe, *rest)
+
+    monkeypatch.setattr(experiment, "train", diverge)
+    arguments = ["run", "ex1", "--dataset", "digits", "--runs", tmp_path, "--seeds", 3, *FAST]
+    code, out, err = call(capsys, monkeypatch, *arguments)
+    assert (code, err) == (4, "cifarlab: the loss became NaN\n")
+    assert re.search(r"│ ex1 +│ +\d+\.\d+%", out)
+    statuses = {
+        RunFolder(log.parent).recipe().seed: json.loads(log.read_text()) for log in tmp_path.rglob("train.json")
+    }
+    assert {seed: log["status"] for seed, log in statuses.items()} == {0: "finished", 1: "failed"}
+    assert statuses[1]["error"] == "the loss became NaN"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as a shell makes them")
+def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path: Path) -> None:
+    run = f"{sys.executable} -m cifarlab run ex1 --dataset digits --runs {tmp_path} --set train.epochs=3"
+    subprocess.run(f"{run} | head -n 1", shell=True, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    (log,) = tmp_path.rglob("train.json")
+    assert json.loads(log.read_text())["status"] == "finished"
+
+
+def test_an_installed_wheel_has_the_recipes_and_its_types(tmp_path: Path) -> None:
+    import zipfile
+
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+    sources = {path.relative_to(root / "src").as_posix() for path in (root / "src").rglob("*") if path.is_file()}
+    expected = {name for name in sources if not name.endswith((".pyc", ".pyo"))}
+    assert {"cifarlab/py.typed", "cifarlab/recipes/ex1.yaml", "cifarlab/__main__.py"} <= expected <= inside

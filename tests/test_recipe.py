@@ -36,6 +36,7 @@ def test_a_packaged_recipe_says_what_it_is_and_survives_being_written(name: str)
     [
         ("train.epochs=2", "train.epochs", 2),
         ("train.epochs=2.5", "train.epochs", 2.5),
+        ("train.epochs=2.0", "train.epochs", 2),
         ("optimizer.lr=1e-3", "optimizer.lr", 0.001),
         ("optimizer.lr=5E-4", "optimizer.lr", 0.0005),
         ("optimizer.lr=.1", "optimizer.lr", 0.1),
@@ -97,10 +98,15 @@ def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() ->
             "train.checkpoint_every={epochs: 1, steps: 2}",
             "a duration has exactly one of epochs, steps, minutes and share",
         ),
+        ("train.checkpoint_every.steps=0", "train.checkpoint_every: expected more than 0; null keeps no checkpoints"),
+        ("schedule.warmup.minutes=1", "schedule.warmup: minutes need a time budget; give epochs, steps or share"),
         ("train.epochs", "--set train.epochs: expected KEY=VALUE"),
         ("=3", "--set =3: expected KEY=VALUE"),
         ("train.epochs.x=3", "--set train.epochs.x: 'epochs' is 50, which has no field 'x'"),
         ("data=3", "data: expected"),
+        ("model.name=[a]", "model.name: expected a valid string"),
+        ("optimizer.name=[adam]", "unknown optimizer"),
+        ("train.resolution=100000", "train.resolution: expected less than or equal to 2048, not 100000"),
         ("name=../x", "name: must be letters, digits"),
         ("seed=-1", "seed: expected greater than or equal to 0, not -1"),
         ("train.epochs=[1", "--set train.epochs: line 1, column 3: not valid YAML"),
@@ -163,6 +169,25 @@ def test_runs_that_differ_by_seed_name_or_dataset_share_a_fingerprint_and_others
     same = make_recipe(recipe.to_dict(), ["seed=5", "name=other", "datasets=[digits]"])
     assert same.fingerprint() == recipe.fingerprint() == fingerprint(yaml.safe_load(recipe.to_yaml()))
     assert load_recipe("ex1", ["optimizer.lr=2e-3"]).fingerprint() != recipe.fingerprint()
+
+
+def test_how_a_run_is_carried_out_is_no_part_of_its_fingerprint_and_defaults_are() -> None:
+    recipe = load_recipe("ex2")
+    elsewhere = ["data.workers=0", "data.memory=5", "train.checkpoint_every.minutes=3", "evaluate.test=false"]
+    assert load_recipe("ex2", elsewhere).fingerprint() == recipe.fingerprint()
+    bare = parse_yaml(recipe_text("ex2"), "ex2")  # the file, without the fields that it leaves at their defaults
+    assert fingerprint(bare) == recipe.fingerprint()
+    assert fingerprint({**bare, "loss": {"label_smoothing": 0.1}}) != recipe.fingerprint()
+
+
+def test_a_resolved_recipe_names_its_folder_from_anywhere_and_refuses_a_seed_out_of_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    resolved = load_recipe("ex1").resolved(dataset="folder:pictures", seed=1)
+    assert resolved.datasets == (f"folder:{tmp_path / 'pictures'}",)
+    with pytest.raises(RecipeError, match="seed: expected less than 2147483648, not 3000000000"):
+        load_recipe("ex1").resolved(dataset="digits", seed=3_000_000_000)
 
 
 def test_a_recipe_cannot_be_changed() -> None:

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cifarlab import experiment
+from cifarlab import experiment, machine, plots
 from cifarlab.data.batches import epoch_order
 from cifarlab.data.dataset import Dataset, Images, UInt8Array
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.data.split import balanced_limit
-from cifarlab.errors import DivergedError, RunError, StorageError
+from cifarlab.errors import DivergedError, NotARunError, RunError, StorageError
 from cifarlab.models import build_model
 from cifarlab.recipe import Recipe, load_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Progress, StopRequest
+from cifarlab.train import EpochSums, Progress, StopRequest
 
 CPU = torch.device("cpu")
 SMALL = ["model.name=ex1", "train.batch_size=32", "train.epochs=3", "train.checkpoint_every=null"]
@@ -47,7 +47,7 @@ class Quiet:
         pass
 
 
-def make_dataset(noise: float = 0.0) -> Dataset:
+def make_dataset(noise: float = 0.0, train: int = 200) -> Dataset:
     """Four classes that differ by where a bright patch is; a share `noise` of the labels is drawn at random."""
     generator = np.random.default_rng(0)
 
@@ -60,7 +60,7 @@ def make_dataset(noise: float = 0.0) -> Dataset:
         labels = np.where(generator.random(count) < noise, generator.integers(0, 4, count), labels)
         return Images(pixels, labels.astype(np.int64))
 
-    return Dataset("digits", tuple("abcd"), part(200), None, part(50), "made here")
+    return Dataset("digits", tuple("abcd"), part(train), None, part(50), "made here")
 
 
 def normalised(pixels: UInt8Array, data: Prepared) -> torch.Tensor:
@@ -80,7 +80,7 @@ def run(
     monkeypatch.setattr(experiment, "load_dataset", lambda *_: found)
     return experiment.run_experiment(
         recipe(*overrides),
-        data_folder=None,
+        found,
         runs=tmp_path,
         device=CPU,
         display=display or Quiet(),
@@ -186,17 +186,40 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     assert without_times(first.test_log() or {}) == without_times(second.test_log() or {})
     one, other = (folder.load_checkpoint("best.pth")["model"] for folder in (first, second))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    third = run(tmp_path / "c", *augmented, "data.workers=0", "data.memory=1", "seed=0", monkeypatch=monkeypatch)
-    streamed = third.load_checkpoint("best.pth")["model"]
-    assert all(torch.equal(one[name], streamed[name]) for name in one), "streaming changes the result"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_gives_the_resident_run_s_bits(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, validation and test parts are slices of one map on disk, as those of a large image folder are."""
+    settings = ["augment={crop_padding: 2, flip: random}", "train.epochs=2"]
+    dataset = make_dataset(train=400)
+    assert dataset.test is not None
+    pixels = np.concatenate([dataset.train.pixels, dataset.test.pixels])
+    pixels.tofile(tmp_path / "pixels")
+    stored = np.memmap(tmp_path / "pixels", np.uint8, "r", shape=pixels.shape)
+    labels = np.concatenate([dataset.train.labels, dataset.test.labels])
+    parts = [Images(stored[a:b], labels[a:b]) for a, b in ((0, 320), (320, 400), (400, 450))]
+    mapped = Dataset("digits", dataset.classes, parts[0], parts[1], parts[2], "made here")
+    resident = run(tmp_path / "a", *settings, dataset=mapped, monkeypatch=monkeypatch)
+    monkeypatch.setattr(machine, "free_memory", lambda _: 20_000)
+    workers_setting = f"data.workers={workers}"
+    streamed = run(tmp_path / "b", *settings, workers_setting, dataset=mapped, monkeypatch=monkeypatch)
+    assert resident.environment()["data"]["resident"] and not streamed.environment()["data"]["resident"]
+    assert without_times(resident.train_log()) == without_times(streamed.train_log())
+    assert without_times(resident.test_log() or {}) == without_times(streamed.test_log() or {})
+    one, other = (folder.load_checkpoint("best.pth")["model"] for folder in (resident, streamed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_running_the_written_recipe_again_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(tmp_path / "a", "augment.flip=random", "schedule.name=cosine", monkeypatch=monkeypatch)
+    settings = ["augment.flip=random", "schedule.name=cosine", "optimizer.lr=0.00123456789"]
+    first = run(tmp_path / "a", *settings, monkeypatch=monkeypatch)
     again = load_recipe(str(first.path / "recipe.yaml"))
-    assert again == first.recipe()
-    second = run(tmp_path / "b", "augment.flip=random", "schedule.name=cosine", monkeypatch=monkeypatch)
-    assert second.recipe() == again
+    assert again == recipe(*settings)
+    second = experiment.run_experiment(
+        again.resolved(dataset=again.datasets[0], seed=again.seed), make_dataset(), runs=tmp_path / "b", device=CPU,
+        display=Quiet(), stop=StopRequest(), process_started=0.0, report=lambda _: None,
+    )  # fmt: skip
     one, other = (folder.load_checkpoint("best.pth")["model"] for folder in (first, second))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -243,6 +266,55 @@ def test_the_test_set_is_scored_once_on_the_best_checkpoint_and_later_looks_are_
     assert again["total_time"] == first["total_time"]
 
 
+def test_only_a_finished_run_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(tmp_path, "evaluate.test=false", monkeypatch=monkeypatch)
+    log = folder.train_log()
+    for status in ("running", "stopped", "failed"):
+        folder.write_train_log({**log, "status": status})
+        with pytest.raises(NotARunError, match=f"is not finished .its status is '{status}'"):
+            experiment.score_run(folder.path, data_folder=None, device=CPU, report=lambda _: None)
+        assert folder.test_log() is None
+
+
+def test_a_look_counts_even_if_its_picture_can_t_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("cannot write: the disk is full")
+
+    monkeypatch.setattr(plots, "confusion_matrix", fail)
+    with pytest.raises(StorageError):
+        run(tmp_path, monkeypatch=monkeypatch)
+    folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
+    test_log = folder.test_log()
+    assert test_log is not None and test_log["test_looks"] == 1
+    assert folder.train_log()["status"] == "finished" and "disk is full" in folder.train_log()["error"]
+
+
+def test_weights_that_overflow_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of the last step is finite, and its gradient spoils the weights; without validation nobody looks."""
+    backward, calls = torch.Tensor.backward, []
+
+    def spoiled(loss: torch.Tensor) -> None:
+        calls.append(1)
+        backward(loss * (math.inf if len(calls) == 21 else 1))  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(torch.Tensor, "backward", spoiled)
+    with pytest.raises(DivergedError, match="the weights became NaN or infinite by step 21"):
+        run(tmp_path, "data.validation=0", monkeypatch=monkeypatch)
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("best.pth"))
+
+
+@pytest.mark.parametrize("sizes", [[1, 30, 30], [8, 8]])
+def test_a_class_with_hardly_any_images_does_not_stop_a_run(
+    sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)
+    dataset = Dataset("digits", tuple("abc"[: len(sizes)]), Images(pixels, labels), None, None, "made here")
+    folder = run(tmp_path, "train.epochs=1", dataset=dataset, monkeypatch=monkeypatch)
+    assert folder.train_log()["status"] == "finished" and folder.train_log()["overfitting_gap"] is not None
+
+
 def test_training_never_touches_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other test images and labels change nothing in training; and `evaluate.test: false` leaves no score."""
     dataset = make_dataset()
@@ -267,7 +339,12 @@ def test_part_of_an_epoch_is_counted_right(tmp_path: Path, monkeypatch: pytest.M
     display = Quiet()
     folder = run(tmp_path, "train.epochs=1.5", "data.validation=0", display=display, monkeypatch=monkeypatch)
     assert display.seen[-1].step == display.seen[-1].total_steps == 10  # 7 steps an epoch: round(10.5) is 10
-    assert len(folder.train_log()["epochs"]) == 2
+    first, second = folder.train_log()["epochs"]
+    # 7 steps of 32 images (the last of 8), then 3: the last progress of each epoch had seen all of its images.
+    for entry, seen in ((first, display.seen[6]), (second, display.seen[9])):
+        assert entry["train_loss"] == pytest.approx(seen.loss) and entry["train_accuracy"] == seen.accuracy
+    assert display.seen[-1].epoch == 2 and 0 < second["train_accuracy"] <= 1
+    assert (second["train_accuracy"] * 96) % 1 == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +434,7 @@ def test_memory_that_runs_out_is_one_sentence_with_advice(tmp_path: Path, monkey
     def hungry(progress: Progress) -> None:
         torch.empty(2**60)
 
-    with pytest.raises(RunError, match=r"out of memory in .*; try --set train.batch_size=16"):
+    with pytest.raises(RunError, match=r"out of memory \(.*\); try --set train.batch_size=16"):
         run(tmp_path, display=Quiet(hungry), monkeypatch=monkeypatch)
 
 
@@ -383,7 +460,18 @@ def test_tensorboard_has_the_log_s_curves_while_it_trains(tmp_path: Path, monkey
         assert [s.value for s in scalars] == pytest.approx([entry[key] for entry in epochs], rel=1e-6)
 
 
-def test_rare_classes_weigh_more_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weighted_loss_of_an_epoch_is_a_weighted_mean_over_its_images() -> None:
+    logits, weights = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 1.0, 3.0])
+    labels = torch.arange(50) % 3
+    sums = EpochSums(CPU)
+    for part in (slice(0, 40), slice(40, 50)):
+        loss = F.cross_entropy(logits[part], labels[part], weight=weights)
+        sums.add(0, loss, logits[part], labels[part], weights)
+    expected = F.cross_entropy(logits, labels, weight=weights).item()
+    assert sums.means()[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_rare_classes_weigh_more_when_asked() -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
     labels = np.array([0] * 60 + [1] * 30 + [3] * 10)

@@ -39,10 +39,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one recipe on one dataset that differ by nothing but their seed.
+    """Runs of one recipe on one dataset and one kind of machine that differ by nothing but their seed.
 
     accuracy, overfitting_gap: fractions of 1; train_time, test_time: seconds. `changes` are the fields in which the
-    recipe differs from others of its name in the table, and the dataset's content where that differs.
+    recipe differs from others of its name in the table, and the dataset's content and the machine where they differ.
     """
 
     dataset: str
@@ -61,7 +61,7 @@ class Row:
 
 
 def compare(runs: Sequence[RunFolder]) -> list[Row]:
-    """A row for each recipe, dataset and content of it, in the order of their names; seeds are folded.
+    """A row for each recipe, dataset, content of it and machine, in the order of their names; seeds are folded.
 
     A run that is not finished has a row of its own, which says so. So have finished runs that were not tested, and a
     seed that was run again: it is no new sample, and would make the spread look smaller than it is. Raises
@@ -71,7 +71,7 @@ def compare(runs: Sequence[RunFolder]) -> list[Row]:
     times_seen: Counter[tuple[Any, ...]] = Counter()
     for run in map(_read, runs):
         own = "" if run.status == "finished" else run.path
-        key = (run.dataset, run.experiment, run.fingerprint, run.content_hash, run.tested, own)
+        key = (run.dataset, run.experiment, run.fingerprint, run.content_hash, run.machine, run.tested, own)
         groups.setdefault((*key, times_seen[*key, run.seed]), []).append(run)
         times_seen[*key, run.seed] += 1
     members = list(groups.values())
@@ -91,6 +91,7 @@ class _Run:
     seed: str
     fingerprint: str
     content_hash: str
+    machine: str
     tested: bool
     epochs: int
     fields: dict[str, str]
@@ -113,6 +114,7 @@ def _read(folder: RunFolder) -> _Run:
     seed = fields.pop("seed", "")
     data = environment.get("data")
     content_hash = str(data.get("content_hash")) if isinstance(data, dict) else ""
+    machine = f"{environment.get('gpu') or environment.get('cpu')}, {environment.get('threads')} threads"
     figures = {
         name: _number(record, name, folder.path / file)
         for file, record, names in (("train.json", log, TRAIN_FIGURES), ("test.json", test or {}, TEST_FIGURES))
@@ -126,9 +128,10 @@ def _read(folder: RunFolder) -> _Run:
         seed=seed,
         fingerprint=key,
         content_hash=content_hash,
+        machine=machine,
         tested=test is not None,
         epochs=len(log["epochs"]),
-        fields=fields | {"content": content_hash[:8]},
+        fields=fields | {"content": content_hash[:8], "machine": machine},
         figures=figures,
     )
 

@@ -1,4 +1,4 @@
-"""Every write to disk goes through here: whole or not at all, flushed, renamed, locked.
+"""Every write to a run folder goes through here: whole or not at all, flushed, renamed. And what paths from users need.
 
 A file is written under a temporary name in its own folder, flushed to the disk, and renamed over the final name.
 So a reader sees the old bytes or the new ones, never half of either, whatever stops the process or fills the disk.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cifarlab.errors import StorageError
+from cifarlab.errors import DataError, StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -36,6 +36,24 @@ def explain(action: str, path: Path, error: OSError) -> StorageError:
         errno.EIO: "the disk reports an error; check it, or choose another",
     }.get(error.errno or 0, error.strerror or type(error).__name__)
     return StorageError(f"cannot {action} {path}: {advice}")
+
+
+def expand(path: str | Path) -> Path:
+    """A path as the user meant it: `~` is their home folder. Raises DataError for a home folder that nobody has."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"{path} begins with the home folder of somebody unknown here; write the whole path") from None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there. Raises DataError where that can't be found out: no permission, a name too long."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; is it the right folder, and may you read it?"
+        ) from error
 
 
 def make_folder(path: Path, *, exist_ok: bool = True) -> None:

@@ -10,11 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class Numerics:
-    """How a model's arithmetic is done. `memory_format` is how images and convolution weights lie in memory."""
+    """How a model's arithmetic is done.
+
+    memory_format: how images and convolution weights lie in memory. deterministic: whether the same bits are promised.
+    """
 
     name: str
     dtype: torch.dtype
     memory_format: torch.memory_format
+    deterministic: bool
 
 
 def exact(device: torch.device, *, channels_last_on_cpu: bool) -> Numerics:
@@ -25,9 +29,12 @@ def exact(device: torch.device, *, channels_last_on_cpu: bool) -> Numerics:
     """
     # cuBLAS is deterministic only with a fixed workspace, and reads this when the first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # On the CPU everything that is used here is deterministic. On a GPU the odd operation is not: torch then warns.
+    deterministic = device.type == "cpu"
+    torch.use_deterministic_algorithms(True, warn_only=not deterministic)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     channels_last = channels_last_on_cpu and device.type == "cpu"
-    return Numerics("exact", torch.float32, torch.channels_last if channels_last else torch.contiguous_format)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return Numerics("exact", torch.float32, layout, deterministic)

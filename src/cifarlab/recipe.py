@@ -15,8 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from cifarlab import files
 from cifarlab.errors import RecipeError, nearest
 from cifarlab.recipe_base import Boolean, Duration, Integer, Real, Section
 from cifarlab.recipe_optimizer import Optimizer
@@ -53,7 +62,9 @@ class Data(Section):
 
 
 class Augment(Section):
-    crop_padding: Integer = Field(0, ge=0, description="random crop after padding each side by so many black pixels")
+    crop_padding: Integer = Field(
+        0, ge=0, le=512, description="random crop after padding each side by so many black pixels"
+    )
     flip: Literal["random"] | None = Field(None, description="random: mirror each image with probability 1/2")
 
 
@@ -75,10 +86,17 @@ def _resolve_numerics(value: Any) -> Any:
     return "exact" if value == "auto" else value
 
 
+def _whole(epochs: float) -> float:
+    # 50.0 is 50: the same recipe has one fingerprint.
+    return int(epochs) if epochs == int(epochs) else epochs
+
+
 class Train(Section):
-    epochs: Integer | Real = Field(gt=0, description="passes over the training images")
+    epochs: Annotated[Integer | Real, AfterValidator(_whole)] = Field(
+        gt=0, description="passes over the training images"
+    )
     batch_size: Integer = Field(128, ge=1, description="images in a step")
-    resolution: Integer | None = Field(None, ge=1, description="resize images to this side; null: as they are")
+    resolution: Integer | None = Field(None, ge=1, le=2048, description="resize images to this side; null: as they are")
     checkpoint_every: Duration | None = Field(None, description="keep a checkpoint to go on from this often")
     keep: Integer = Field(2, ge=1, description="how many of the latest checkpoints stay, besides the best")
     numerics: Annotated[Literal["exact"], BeforeValidator(_resolve_numerics)] = Field(
@@ -125,6 +143,15 @@ class Recipe(Section):
         return names
 
     @model_validator(mode="after")
+    def _durations_can_be_kept(self) -> Self:
+        if self.schedule.warmup is not None and self.schedule.warmup.minutes is not None:
+            raise ValueError("schedule.warmup: minutes need a time budget; give epochs, steps or share")
+        every = self.train.checkpoint_every
+        if every is not None and not any(every.model_dump().values()):
+            raise ValueError("train.checkpoint_every: expected more than 0; null keeps no checkpoints")
+        return self
+
+    @model_validator(mode="after")
     def _plateau_has_something_to_read(self) -> Self:
         if self.schedule.name == "plateau" and self.data.validation == 0:
             raise ValueError(
@@ -133,8 +160,11 @@ class Recipe(Section):
         return self
 
     def resolved(self, *, dataset: str, seed: int) -> Recipe:
-        """The recipe of one run: one dataset, one seed."""
-        return self.model_copy(update={"datasets": (dataset,), "seed": seed})
+        """The recipe of one run: one dataset (a folder by its absolute path), one seed. Raises RecipeError."""
+        check_dataset_name(dataset)
+        if dataset.startswith(FOLDER_PREFIX):
+            dataset = FOLDER_PREFIX + str(files.expand(dataset.removeprefix(FOLDER_PREFIX)).absolute())
+        return make_recipe({**self.to_dict(), "datasets": [dataset], "seed": seed}, origin=f"recipe {self.name}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (JSON types), in the order of the fields."""
@@ -145,14 +175,49 @@ class Recipe(Section):
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the result, apart from seed, name and dataset: runs that share it are repetitions."""
+        """SHA-256 of the fields that decide the result, apart from the seed: runs that share it are repetitions."""
         return fingerprint(self.to_dict())
 
 
+# How a run is named, stored and carried out; the result is the same whatever they are.
+_UNDECISIVE = frozenset(
+    {
+        "name", "datasets", "seed", "data.memory", "data.workers", "train.checkpoint_every", "train.keep",
+        "evaluate.test", "evaluate.batch_size",
+    }
+)  # fmt: skip
+
+
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """`Recipe.fingerprint` from a recipe's plain values (a run folder's recipe.yaml, read without validation)."""
-    kept = {key: value for key, value in values.items() if key not in ("seed", "name", "datasets")}
+    """`Recipe.fingerprint` from a recipe's plain values (a run folder's recipe.yaml, read without validation).
+
+    A field that is not there counts as its default, so that a recipe keeps its fingerprint when fields are added.
+    """
+    fields = flatten(_defaults(values)) | flatten(values)
+    kept = {
+        key: value
+        for key, value in fields.items()
+        if not any(key == field or key.startswith(f"{field}.") for field in _UNDECISIVE)
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The default of every field that has one, for the optimizer and the schedule that `values` names."""
+    defaults: dict[str, Any] = {}
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if name in _CHOICES:
+            chosen = values.get(name)
+            section = _CHOICES[name].get(str(chosen.get("name")) if isinstance(chosen, Mapping) else "")
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            given = {
+                key: inner.get_default(call_default_factory=True)
+                for key, inner in section.model_fields.items()
+                if not inner.is_required()
+            }
+            defaults[name] = json.loads(json.dumps(given))
+    return defaults
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -311,7 +376,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> di
 def _without_foreign_fields(section: str, values: dict[str, Any], name: Any) -> dict[str, Any]:
     """What stays of a section when its `name` changes: `optimizer.name=sgd` keeps lr and drops Adam's betas."""
     choices = _CHOICES.get(section, {})
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         return values
     return {key: value for key, value in values.items() if key in choices[name].model_fields}
 

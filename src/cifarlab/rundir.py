@@ -59,6 +59,8 @@ class RunFolder:
                 files.make_folder(path, exist_ok=False)
                 run = cls(path)
                 files.write_text(run.path / "recipe.yaml", recipe.to_yaml())
+                # From the first moment on a run folder is one, and says that it is not finished.
+                run.write_train_log({"status": "running", "dataset": recipe.datasets[0], "epochs": []})
                 return run
         raise RunError(f"cannot make a new run folder in {parent}: {stamp} and its numbered siblings are all taken")
 

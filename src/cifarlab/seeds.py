@@ -1,8 +1,8 @@
 """No hidden random state: every draw comes from a generator made on the spot from integers.
 
-The order of an epoch is a function of (seed, "order", epoch); the augmentation draws of all images are one table from
-(seed, "augment", epoch), looked up by sample index; dropout is a function of (seed, "step", step). So going on after
-a stop needs integers only, and neither batch size, workers nor processes change what an image gets.
+The order of an epoch is a function of (seed, "order", epoch). The draws of each augmentation, for all images, are one
+table from (seed, "crop", epoch) and its like, looked up by sample index. Dropout is a function of (seed, "step", step).
+So going on after a stop needs integers only, and neither batch size, workers nor processes change what an image gets.
 """
 
 from __future__ import annotations

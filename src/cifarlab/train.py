@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifarlab import machine
+from cifarlab import files, machine
 from cifarlab.data.augment import Pipeline
 from cifarlab.data.batches import ImageStore, epoch_order
 from cifarlab.errors import DivergedError, RunError
 from cifarlab.evaluate import predict
+from cifarlab.models import parameter_count
+from cifarlab.numerics import Numerics
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
 from cifarlab.rundir import RunFolder
@@ -45,6 +47,7 @@ class Task:
 
     model: nn.Module
     pipeline: Pipeline
+    numerics: Numerics
     store: ImageStore
     train: Tensor
     validation_store: ImageStore | None
@@ -102,26 +105,41 @@ class Stopwatch:
 
 
 class EpochSums:
-    """Loss, correct answers and images of the epoch so far, added up on the device so that no step waits for it."""
+    """Loss, correct answers and images of the epoch so far, added up on the device so that no step waits for it.
+
+    The loss is weighted as in training: a batch counts by its images, or by the sum of their class weights.
+    """
 
     def __init__(self, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.loss = torch.zeros((), dtype=wide, device=device)
+        self.weight = torch.zeros((), dtype=wide, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.images = 0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss: the batch's mean; logits (B, K); labels int64 (B,)."""
+    def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
+        """loss: the batch's (weighted) mean; logits (B, K); labels int64 (B,)."""
         loss = loss.detach()
-        self.loss += loss * len(labels)
+        weight = len(labels) if class_weights is None else class_weights[labels].sum()
+        self.loss += loss * weight
+        self.weight += weight
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.images += len(labels)
         self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step)
 
     def means(self) -> tuple[float, float]:
         """Loss and accuracy. Waits for the device."""
-        return self.loss.item() / self.images, self.correct.item() / self.images
+        return self.loss.item() / self.weight.item(), self.correct.item() / self.images
+
+    def state(self) -> dict[str, float | int]:
+        """What a checkpoint in the middle of an epoch keeps."""
+        return {
+            "loss": self.loss.item(),
+            "weight": self.weight.item(),
+            "correct": int(self.correct.item()),
+            "images": self.images,
+        }
 
 
 class StopRequest:
@@ -148,8 +166,6 @@ def train(
     process_started: the `time.time()` that `wall_time` counts from. The model ends with the weights of best.pth.
     Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written.
     """
-    from torch.utils.tensorboard import SummaryWriter  # a second to import
-
     model, section, schedule = task.model, recipe.train, recipe.schedule
     optimizer = build_optimizer(recipe.optimizer, model)
     steps_per_epoch = math.ceil(len(task.train) / section.batch_size)
@@ -169,7 +185,7 @@ def train(
         "finished": None,
         "dataset": recipe.datasets[0],
         "classes": len(task.description["classes"]),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "epochs": epochs,
         "best_epoch": None,
         "best_val_accuracy": None,
@@ -188,6 +204,9 @@ def train(
         run.write_train_log(log)
 
     def save(name: str, **state: Any) -> None:
+        # A gradient can overflow while the loss it came from is finite.
+        if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+            raise DivergedError(_diverged(f"the weights became NaN or infinite by step {step}", run))
         run.save_checkpoint(name, {**task.description, "step": step, "model": model.state_dict(), **state})
 
     def save_to_go_on(name: str) -> None:
@@ -202,7 +221,7 @@ def train(
             best=best,
             train_time=clock.seconds,
             epoch_began=epoch_began,
-            sums={"loss": sums.loss.item(), "correct": sums.correct.item(), "images": sums.images},
+            sums=sums.state(),
             images=images,
         )
         run.keep_latest(section.keep)
@@ -211,7 +230,7 @@ def train(
     batches = _batches(recipe, task, step)
     began = time.perf_counter()
     write_log("running")
-    with SummaryWriter(log_dir=str(run.path)) as board, stop.listen():
+    with _board(run) as board, stop.listen():
         while True:
             # Evaluate, at the end of an epoch and of the run.
             if sums.images and (step % steps_per_epoch == 0 or step == total_steps):
@@ -271,7 +290,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            sums.add(step, loss, logits, labels)
+            sums.add(step, loss, logits, labels, task.class_weights)
             step += 1
             images += len(labels)
 
@@ -305,11 +324,15 @@ def train(
 
 
 def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | None) -> None:
-    """Say in train.json how an unfinished run ended. Where even that can't be written, the reason is what matters."""
+    """Say in train.json how a run ended: its status, if training was not over, and the reason.
+
+    Where even that can't be written, the reason is what matters, and it is on its way already.
+    """
     with contextlib.suppress(RunError):
         log = run.train_log()
         if log["status"] == "running":
-            run.write_train_log({**log, "status": status, "finished": _now(), "error": reason})
+            log |= {"status": status, "finished": _now()}
+        run.write_train_log({**log, "error": reason} if reason else log)
 
 
 def _batches(recipe: Recipe, task: Task, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -360,9 +383,24 @@ def _refuse_bad_loss(sums: EpochSums, steps_per_epoch: int, run: RunFolder) -> N
     bad = int(sums.bad_step.item())
     if bad >= 0:
         raise DivergedError(
-            f"the loss became NaN or infinite at step {bad + 1} (epoch {bad // steps_per_epoch + 1}) of {run.path}; "
-            "what was saved before stays; try a lower optimizer.lr, or a schedule with a warm-up"
+            _diverged(f"the loss became NaN or infinite at step {bad + 1} (epoch {bad // steps_per_epoch + 1})", run)
         )
+
+
+def _diverged(what: str, run: RunFolder) -> str:
+    return f"{what} of {run.path}; what was saved before stays; try a lower optimizer.lr, or a schedule with a warm-up"
+
+
+@contextlib.contextmanager
+def _board(run: RunFolder) -> Iterator[SummaryWriter]:
+    """TensorBoard's writer into the run folder, its errors as StorageError."""
+    from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+    try:
+        with SummaryWriter(log_dir=str(run.path)) as board:
+            yield board
+    except OSError as error:
+        raise files.explain("write TensorBoard's events into", run.path, error) from error
 
 
 def _write_scalars(board: SummaryWriter, entry: dict[str, Any], step: int) -> None:

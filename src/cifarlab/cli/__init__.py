@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cifarlab import __version__
-from cifarlab.cli.common import DataOption, make_console, printable
+from cifarlab.cli.common import DataOption, SetOption, make_console, printable, say
 from cifarlab.cli.data import data_app
 from cifarlab.errors import CifarlabError, UsageError
 
 if TYPE_CHECKING:
+    from cifarlab.data.dataset import Dataset
+    from cifarlab.recipe import Recipe
     from cifarlab.rundir import RunFolder
     from cifarlab.train import StopRequest
 
@@ -87,9 +89,7 @@ def run(
     ] = None,
     data: DataOption = None,
     runs: Annotated[Path, typer.Option(help="Folder that the run folders go into.")] = RUNS,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set train.epochs=2.")
-    ] = None,
+    set_: SetOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The seed. [default: the recipe's]")] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Run with N seeds: the recipe's, and those after it.")
@@ -104,20 +104,21 @@ def run(
 
       cifarlab run ex2-schedule --dataset cifar10 --seeds 3 --set train.epochs=10
     """
-    from cifarlab.recipe import check_dataset_name, load_recipe
+    from cifarlab.recipe import load_recipe
 
     if seed is not None and seeds is not None:
         raise UsageError("give --seed N (one run with that seed) or --seeds N (N runs), not both")
     plan = load_recipe(recipe, set_ or [])
-    names = list(dict.fromkeys(dataset or plan.datasets))
-    for name in names:
-        check_dataset_name(name)
     first = plan.seed if seed is None else seed
-    run_seeds = range(first, first + (seeds or 1))
-    _run_all([plan.resolved(dataset=name, seed=s) for name in names for s in run_seeds], data, runs, device)
+    plans = [
+        plan.resolved(dataset=name, seed=number)
+        for name in dict.fromkeys(dataset or plan.datasets)
+        for number in range(first, first + (seeds or 1))
+    ]
+    _run_all(plans, data, runs, device)
 
 
-def _run_all(plans: list[Any], data: Path | None, runs: Path, device_name: str) -> None:
+def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: str) -> None:
     from cifarlab import machine
 
     machine.keep_memory()  # before the first tensor
@@ -126,38 +127,48 @@ def _run_all(plans: list[Any], data: Path | None, runs: Path, device_name: str) 
     from cifarlab.cli.display import RunDisplay
     from cifarlab.cli.tables import print_comparison
     from cifarlab.compare import compare
-    from cifarlab.experiment import run_experiment
+    from cifarlab.experiment import check_plans, load, run_experiment
     from cifarlab.train import StopRequest
 
+    began = time.time() - machine.process_age()
     console = make_console()
     device = machine.choose_device(device_name)
-    began = time.time() - machine.process_age()
+    check_plans(plans, runs)
     done: list[RunFolder] = []
     stop = StopRequest()
     many_seeds = len({plan.seed for plan in plans}) > 1
-    with _signals(stop):
-        for plan in plans:
-            title = f"{plan.name} {plan.datasets[0]}" + (f" seed {plan.seed}" if many_seeds else "")
-            with RunDisplay(console, title) as display:
-                folder = run_experiment(
-                    plan,
-                    data_folder=data,
-                    runs=runs,
-                    device=device,
-                    display=display,
-                    stop=stop,
-                    process_started=began,
-                    report=display.report,
-                )
-            done.append(folder)
-            began = time.time()
-            if stop.signal is not None:
-                break
-            _summary(console, folder)
-    if stop.signal is not None:
-        _complain(f"stopped; the run so far is in {done[-1].path}", 0)
-        sys.exit(128 + stop.signal)
-    print_comparison(console, compare(done))
+    loaded: tuple[str, Dataset] | None = None
+    try:
+        with _signals(stop):
+            for plan in plans:
+                name = plan.datasets[0]
+                title = f"{plan.name} {name}" + (f" seed {plan.seed}" if many_seeds else "")
+                with RunDisplay(console, title) as display:
+                    if loaded is None or loaded[0] != name:
+                        loaded = None  # two datasets at once may not fit
+                        loaded = name, load(plan, folder, display.report)
+                    run = run_experiment(
+                        plan,
+                        loaded[1],
+                        runs=runs,
+                        device=device,
+                        display=display,
+                        stop=stop,
+                        process_started=began,
+                        report=display.report,
+                    )
+                began = time.time()
+                if run.train_log()["status"] == "finished":
+                    done.append(run)
+                    _summary(console, run)
+                else:
+                    _complain(f"stopped; the run so far is in {run.path}", 0)
+                if stop.signal is not None:
+                    sys.exit(128 + stop.signal)
+    finally:
+        # What has finished is worth seeing, whatever became of the rest.
+        if done:
+            print_comparison(console, compare(done))
 
 
 def _summary(console: Any, run: RunFolder) -> None:
@@ -171,7 +182,7 @@ def _summary(console: Any, run: RunFolder) -> None:
             f"{100 * log['overfitting_gap']:+.2f} points"
             + (f", validation loss rising since epoch {rising}" if rising is not None else "")
         )
-    console.print(f"record and pictures: {run.path}", markup=False)
+    console.print(printable(f"record and pictures: {run.path}"), markup=False)
 
 
 @contextmanager
@@ -209,7 +220,7 @@ def show(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
     dataset: Annotated[str | None, typer.Option(help="Show it for this dataset. [default: the recipe's first]")] = None,
     data: DataOption = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field.")] = None,
+    set_: SetOption = None,
 ) -> None:
     """Show a resolved recipe and its network's layers: output shapes, parameters, sizes."""
     from cifarlab.cli.tables import print_layers, print_recipe
@@ -219,9 +230,10 @@ def show(
     plan = load_recipe(recipe, set_ or [])
     name = dataset or plan.datasets[0]
     plan = plan.resolved(dataset=name, seed=plan.seed)
+    shape = dataset_shape(name)
     console = make_console()
     print_recipe(console, recipe, plan)
-    print_layers(console, plan, *dataset_shape(name))
+    print_layers(console, plan, *shape)
 
 
 @app.command()
@@ -242,7 +254,7 @@ def test(
         run,
         data_folder=data,
         device=machine.choose_device(device),
-        report=lambda text: console.print(text, markup=False),
+        report=say,
     )
     print_scores(console, log)
 

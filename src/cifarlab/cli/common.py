@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,11 +18,14 @@ DataOption = Annotated[
         "--data", help="Folder that holds cifar-10-batches-py and its like. [default: CIFARLAB_DATA, or the cache]"
     ),
 ]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set train.epochs=2.")
+]
 
 
 def printable(text: str) -> str:
     """Text from outside, without what would move the cursor or colour the terminal."""
-    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def say(text: str) -> None:
@@ -33,5 +37,12 @@ def make_console() -> Console:
     """Where tables and the live line go; wide where no terminal says how wide it is, so that files keep whole lines."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=160)
+    class Patient(Console):
+        """A console whose reader may leave (`cifarlab run … | head`): the run goes on, unheard."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    console = Patient(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Patient(highlight=False, soft_wrap=True, width=160)

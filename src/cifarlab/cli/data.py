@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cifarlab.cli.common import DataOption, say
+from cifarlab.cli.common import DataOption, SetOption, say
 from cifarlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def fetch(
             raise UsageError(f"'{name}' can't be downloaded; {nearest(name, DOWNLOADED)}")
     folder = data or download.cache_folder()
     for name in names:
-        found = read_cifar(name, folder) if folder.is_dir() else None
+        found = read_cifar(name, folder)
         if found is None:
             download.fetch(name, folder, report=say)
             found = read_cifar(name, folder)
@@ -50,10 +50,11 @@ def fetch(
 def info(
     dataset: Annotated[list[str] | None, typer.Argument(help="Datasets. [default: the named ones]")] = None,
     data: DataOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Say what datasets hold and where they are; downloads nothing.
 
-    Example: cifarlab data info folder:~/pictures
+    Example: cifarlab data info folder:~/pictures --set data.bad_files=skip
     """
     from cifarlab.data.cifar import expected_files, read_cifar
     from cifarlab.data.download import cache_folder
@@ -61,11 +62,11 @@ def info(
 
     folder = data or cache_folder()
     for name in dataset or NAMED_DATASETS:
-        if name in DOWNLOADED and (not folder.is_dir() or read_cifar(name, folder) is None):
+        found = read_cifar(name, folder) if name in DOWNLOADED else _load(name, data, set_)
+        if found is None:
             by_hand = f"put {expected_files(name)} there"
             say(f"{name}: not in {folder}; 'cifarlab data fetch {name}' downloads it, or {by_hand}")
             continue
-        found = _load(name, data)
         say(f"{name}: {found.source}")
         height, width = found.train.pixels.shape[2:]
         for part, images in (("train", found.train), ("validation", found.validation), ("test", found.test)):
@@ -84,6 +85,7 @@ def info(
 def check(
     dataset: Annotated[list[str] | None, typer.Argument(help="Datasets. [default: cifar10 and cifar100]")] = None,
     data: DataOption = None,
+    set_: SetOption = None,
     threshold: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Similarity from which two images are near duplicates.")
     ] = None,
@@ -99,15 +101,14 @@ def check(
     if pictures is not None and (pictures.suffix.lower() != ".png" or len(names) > 1):
         raise UsageError(f"--pictures {pictures}: expected a name that ends in .png, and one dataset")
     for name in names:
-        _check(name, data, threshold, pictures)
+        _check(name, _load(name, data, set_), threshold, pictures)
 
 
-def _check(name: str, data: Path | None, threshold: float | None, pictures: Path | None) -> None:
+def _check(name: str, found: Dataset, threshold: float | None, pictures: Path | None) -> None:
     from cifarlab.data.leaks import THRESHOLD, near_duplicates, pair_sheet, pixel_hashes, twins
     from cifarlab.data.prepare import prepare
     from cifarlab.recipe import Data
 
-    found = _load(name, data)
     # No validation set is split off: it will come out of the training images, whichever they are.
     sides = prepare(found, Data(validation=0), seed=0)
     say(f"{name}: {sides.record['source']}")
@@ -137,13 +138,17 @@ def _check(name: str, data: Path | None, threshold: float | None, pictures: Path
     for pair in pairs[:10]:
         labels = found.classes[test.labels[pair.a]], found.classes[train.labels[pair.b]]
         say(f"    {pair.similarity:.3f}  test {pair.a} ({labels[0]})  training {pair.b} ({labels[1]})")
-    if pictures is not None:
+    if pictures is not None and not pairs:
+        say("  nothing to draw")
+    elif pictures is not None:
         pair_sheet(test, train, pairs[:MOST_PICTURES], found.classes, pictures)
         say(f"  the {min(len(pairs), MOST_PICTURES)} most alike: {pictures}")
 
 
-def _load(name: str, folder: Path | None) -> Dataset:
+def _load(name: str, folder: Path | None, overrides: list[str] | None) -> Dataset:
+    """The dataset as a run with these overrides would read it (`data.…` and `train.resolution` matter)."""
     from cifarlab.data.sources import load_dataset
-    from cifarlab.recipe import Data
+    from cifarlab.recipe import load_recipe
 
-    return load_dataset(name, Data(), None, folder, say)
+    recipe = load_recipe("ex1", overrides or [])
+    return load_dataset(name, recipe.data, recipe.train.resolution, folder, say)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
+from cifarlab.cli.common import printable
 from cifarlab.train import Progress
 
 
@@ -44,7 +45,7 @@ class RunDisplay:
         self._bar.stop()
 
     def report(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(printable(text)))
 
     def due(self) -> bool:
         return time.monotonic() >= self._next

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,10 +43,14 @@ class ImageStore:
 
     @classmethod
     def of(cls, images: Images, device: torch.device, *, memory: int | None, workers: int) -> ImageStore:
-        """Resident where the pixels fit into `memory` bytes (None: half of what is free on the device)."""
-        limit = machine.free_memory(device) // 2 if memory is None else memory
+        """Resident where the pixels fit into `memory` bytes.
+
+        None: half of what is free on the device; on the CPU also whatever is in main memory already.
+        """
+        in_place = device.type == "cpu" and not isinstance(images.pixels, np.memmap)
+        limit = memory if memory is not None else machine.free_memory(device) // 2
         pixels: Tensor | UInt8Array = images.pixels
-        if images.pixels.nbytes <= limit:
+        if images.pixels.nbytes <= limit or (in_place and memory is None):
             # A copy where torch could not share the memory: read-only arrays and maps.
             pixels = torch.from_numpy(np.require(images.pixels, requirements=["C", "W"])).to(device)
         return cls(pixels, torch.from_numpy(images.labels.copy()).to(device), device, workers)
@@ -68,17 +74,19 @@ class ImageStore:
             for samples in (part.to(self.device) for part in parts):
                 yield Batch(self.pixels[samples], self.labels[samples], samples)
             return
+        pinned = self.device.type == "cuda"
         loader = DataLoader(
             _Rows(self.pixels),
             sampler=[part.numpy() for part in parts],
             batch_size=None,
             num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=pinned,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
         try:
             for part, pixels in zip(parts, loader, strict=True):
                 samples = part.to(self.device)
-                yield Batch(pixels.to(self.device, non_blocking=True), self.labels[samples], samples)
+                yield Batch(pixels.to(self.device, non_blocking=pinned), self.labels[samples], samples)
         except (RuntimeError, EOFError, ConnectionError) as error:
             if (died := reader_died(error)) is None:
                 raise
@@ -98,6 +106,10 @@ def reader_died(error: Exception) -> RunError | None:
     """
     if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
         return None
+    if hasattr(signal, "SIGCHLD"):
+        # Told once is enough: torch's handler would raise again, in the middle of what is done about it. A worker that
+        # dies later is still found out, when its next batch doesn't come.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return RunError(
         f"a process that reads images died ({' '.join(str(error).split()) or type(error).__name__}); "
         "is memory or /dev/shm full? --set data.workers=0 reads without such processes"
@@ -115,9 +127,17 @@ class _Rows(TorchDataset[Tensor]):
 
     def __reduce__(self) -> tuple[object, ...]:
         pixels = self._pixels
-        if isinstance(pixels, np.memmap):
+        # A slice of a map says the offset of the whole: only the whole can be found again by it.
+        base: object = pixels.base
+        if isinstance(pixels, np.memmap) and isinstance(base, mmap.mmap):
             return _open_rows, (pixels.filename, pixels.offset, pixels.shape)
         return _Rows, (pixels,)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the training process finishes its step, and needs images for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _open_rows(filename: str, offset: int, shape: tuple[int, ...]) -> _Rows:

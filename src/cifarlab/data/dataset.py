@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,8 @@ class Dataset:
     """A dataset as it was found, before any split of ours.
 
     `validation` and `test` are None where the source has none. `source` says in words where the bytes came from
-    ("python files in /data/cifar-10-batches-py"); `notes` are findings that the user should see (skipped files).
+    ("python files in /data/cifar-10-batches-py"); `notes` are findings that the user should see (skipped files);
+    `folder` is where CIFAR's files were looked for.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Dataset:
     test: Images | None
     source: str
     notes: tuple[str, ...] = field(default=())
+    folder: Path | None = field(default=None)
 
     def content_hash(self) -> str:
         """SHA-256 over class names, pixels and labels of all parts: equal data, equal hash, wherever it was read."""

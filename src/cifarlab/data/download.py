@@ -130,7 +130,7 @@ def cache_folder() -> Path:
     import platformdirs
 
     chosen = os.environ.get("CIFARLAB_DATA")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("cifarlab")
+    return files.expand(chosen) if chosen else platformdirs.user_cache_path("cifarlab")
 
 
 def default_sources(name: str) -> tuple[Source, ...]:

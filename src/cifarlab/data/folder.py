@@ -152,7 +152,7 @@ def folder_classes(root: Path) -> tuple[str, ...]:
 
 def _scan(root: Path) -> _Scan:
     scan = _Scan(root)
-    if not root.is_dir():
+    if not files.is_folder(root):
         raise DataError(f"there is no folder {root}; data from a folder needs {root}/<class>/<image>")
     names = _folders_in(scan, root)
     folders = _part_folders(scan, names)

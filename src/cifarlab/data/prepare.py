@@ -73,6 +73,8 @@ def prepare(dataset: Dataset, section: Data, seed: int) -> Prepared:
         notes.append(f"the source has no test set: {len(held_out):,} images ({TEST_SHARE:.0%}) are held out as one")
 
     validation: Part | None = None
+    if section.validation == 0 and dataset.validation is not None:
+        notes.append(f"data.validation is 0: the source's {len(dataset.validation):,} validation images are not used")
     if section.validation > 0 and dataset.validation is not None:
         validation = _whole(dataset.validation)
         validation_hashes = pixel_hashes(dataset.validation.pixels)

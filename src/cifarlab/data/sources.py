@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from cifarlab import machine
+from cifarlab import files, machine
 from cifarlab.data import download
 from cifarlab.data.cifar import DATASETS, read_cifar
 from cifarlab.data.dataset import Dataset
@@ -32,7 +33,7 @@ def load_dataset(name: str, section: Data, resolution: int | None, folder: Path 
         return read_digits()
     if name.startswith(FOLDER_PREFIX):
         return read_folder(
-            Path(name.removeprefix(FOLDER_PREFIX)).expanduser(),
+            files.expand(name.removeprefix(FOLDER_PREFIX)),
             size=resolution or DEFAULT_FOLDER_SIZE,
             fit=section.fit,
             interpolation=section.interpolation,
@@ -40,7 +41,7 @@ def load_dataset(name: str, section: Data, resolution: int | None, folder: Path 
             memory_limit=machine.available_memory() // 2 if section.memory is None else section.memory * 1_000_000,
             cache=download.cache_folder(),
         )
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not files.is_folder(folder):
         raise DataError(
             f"{folder} is not a folder; --data names the folder that holds cifar-10-batches-py and its like "
             f"('cifarlab data fetch {name} --data {folder}' makes it)"
@@ -52,7 +53,7 @@ def load_dataset(name: str, section: Data, resolution: int | None, folder: Path 
         dataset = read_cifar(name, place)
     if dataset is None:
         raise DataError(f"{name} was downloaded to {place}, and isn't there; was it removed?")
-    return dataset
+    return dataclasses.replace(dataset, folder=place.resolve())
 
 
 def dataset_shape(name: str) -> tuple[int, int]:
@@ -62,5 +63,5 @@ def dataset_shape(name: str) -> tuple[int, int]:
     """
     check_dataset_name(name)
     if name.startswith(FOLDER_PREFIX):
-        return len(folder_classes(Path(name.removeprefix(FOLDER_PREFIX)).expanduser())), DEFAULT_FOLDER_SIZE
+        return len(folder_classes(files.expand(name.removeprefix(FOLDER_PREFIX)))), DEFAULT_FOLDER_SIZE
     return len(DATASETS[name].classes) if name in DATASETS else 10, 32

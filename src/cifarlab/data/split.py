@@ -60,9 +60,7 @@ def stratified_split(
             hold_if_it_fits(row, sizes - 1)
 
     if not held_group.any():
-        raise DataError(
-            f"nothing can be held out for {purpose}: no class has two different images; add some, or set its share to 0"
-        )
+        raise DataError(f"nothing can be held out for the {purpose}: no class has two different images; add some")
     is_held = held_group[group_of]
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
@@ -85,6 +83,12 @@ def balanced_limit(labels: Int64Array, index: Int64Array, limit: int, seed: int)
             f"data.limit is {limit}, but there are {len(index)} training images; lower it, or use null for all"
         )
 
+    return balanced_choice(labels, index, limit, seed)
+
+
+def balanced_choice(labels: Int64Array, index: Int64Array, count: int, seed: int) -> Int64Array:
+    """`balanced_limit` for any `count` from 0 to len(index): as balanced as so many images can be."""
+    classes = np.unique(labels[index])
     # Every image gets a turn, its place in its class's shuffled queue; the choice is a prefix of one order of all
     # images, by turn, so it is nested. Within a turn the classes come in shuffled order: names should not favour any.
     turn = np.empty(len(index), np.int64)
@@ -95,4 +99,4 @@ def balanced_limit(labels: Int64Array, index: Int64Array, limit: int, seed: int)
         generator = np.random.default_rng(derive_seed(seed, "limit", int(label)))
         turn[generator.permutation(members)] = np.arange(len(members))
         place[members] = class_order[k]
-    return np.sort(index[np.lexsort((place, turn))[:limit]])
+    return np.sort(index[np.lexsort((place, turn))[:count]])

@@ -28,7 +28,8 @@ class Network:
 
 
 NETWORKS: dict[str, Network] = {
-    "ex1": Network(ex1, minimum_size=14, channels_last_on_cpu=False),
+    # Down to 2x2 before the last layer: BatchNorm needs more than one value of a channel, in a batch of one image too.
+    "ex1": Network(ex1, minimum_size=16, channels_last_on_cpu=False),
     "ex2": Network(ex2, minimum_size=8, channels_last_on_cpu=True),
 }
 
@@ -45,6 +46,13 @@ def build_model(model: Model, *, classes: int, size: tuple[int, int], seed: int)
 
     size: (H, W) of the images that it will see. Raises RecipeError where they are too small or not square.
     """
+    check_size(model, size)
+    torch.manual_seed(derive_seed(seed, "init"))
+    return network(model).build(classes, size[0])
+
+
+def check_size(model: Model, size: tuple[int, int]) -> None:
+    """Raise RecipeError where a network can't take images of (H, W)."""
     spec = network(model)
     height, width = size
     if height != width or height < spec.minimum_size:
@@ -52,8 +60,6 @@ def build_model(model: Model, *, classes: int, size: tuple[int, int], seed: int)
             f"model.name '{model.name}' takes square images of at least {spec.minimum_size} pixels a side, "
             f"not {height}x{width}; set train.resolution"
         )
-    torch.manual_seed(derive_seed(seed, "init"))
-    return spec.build(classes, height)
 
 
 def parameter_count(module: nn.Module) -> int:
