@@ -65,7 +65,7 @@ def pictures(tmp_path: Path) -> Path:
         (["run", "ex1", "--set", "model.name=ex9", "--dataset", "digits"], 2, "unknown model.name 'ex9'"),
         (["run", "ex1", "--dataset", "cifar11"], 2, "unknown dataset 'cifar11'; did you mean 'cifar10'?"),
         (["run", "ex1", "--dataset", "digits", "--device", "cud"], 2, "unknown device 'cud'; did you mean 'cuda'?"),
-        (["run", "ex1", "--dataset", "digits", "--set", "train.resolution=4"], 2, "at least 14 pixels a side, not 4x4"),
+        (["run", "ex1", "--dataset", "digits", "--set", "train.resolution=4"], 2, "at least 16 pixels a side, not 4x4"),
         (["run", "ex1", "--dataset", "digits", "--set", "data.limit=3"], 2, "data.limit"),
         (["run", "ex1", "--data", "/nowhere/at/all"], 3, "/nowhere/at/all is not a folder"),
         (["run", "ex1", "--dataset", "folder:/nowhere/at/all"], 3, "/nowhere/at/all"),

@@ -141,7 +141,7 @@ def test_a_share_outside_its_range_is_refused(fraction: float) -> None:
 
 def test_classes_of_one_picture_each_cannot_be_split() -> None:
     labels = np.array([0, 0, 1, 1], np.int64)
-    with pytest.raises(DataError, match="nothing can be held out for test"):
+    with pytest.raises(DataError, match="nothing can be held out for the test"):
         stratified_split(labels, labels, 0.2, 0, "test")
 
 
