@@ -345,3 +345,32 @@ def test_an_installed_wheel_has_the_recipes_and_its_types(tmp_path: Path) -> Non
     sources = {path.relative_to(root / "src").as_posix() for path in (root / "src").rglob("*") if path.is_file()}
     expected = {name for name in sources if not name.endswith((".pyc", ".pyo"))}
     assert {"cifarlab/py.typed", "cifarlab/recipes/ex1.yaml", "cifarlab/__main__.py"} <= expected <= inside
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "seteuid") or os.geteuid() != 0, reason="becomes another user, which root alone may"
+)
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["data", "info", "cifar10", "--data"], 3),
+        (["run", "ex1", "--dataset", "cifar10", "--data"], 3),
+        (["compare"], 4),
+        (["test"], 4),
+        (["data", "info", "digits", "cifar100", "--data"], 3),
+    ],
+)
+def test_a_folder_of_somebody_else_is_refused_in_one_sentence(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir(mode=0o700)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    call(capsys, monkeypatch, *arguments, tmp_path / "none")  # imports what the other user may not read
+    os.seteuid(65534)
+    try:
+        ended, _, err = call(capsys, monkeypatch, *arguments, secret)
+    finally:
+        os.seteuid(0)
+    assert ended == code and str(secret) in err and err.count("\n") == 1

@@ -509,13 +509,16 @@ def test_a_place_without_runs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
-    for place in ("empty", "file"):
-        sentence = refusal(partial(find_runs, [tmp_path / "runs", tmp_path / place]))
-        assert sentence == f"{tmp_path / place} holds no run; 'cifarlab run RECIPE' makes one"
-    for place in ("missing", "loop"):
-        sentence = refusal(partial(find_runs, [tmp_path / "runs", tmp_path / place]))
-        assert sentence.startswith(f"{tmp_path / place} does not exist; give run folders")
-    assert refusal(lambda: find_runs([tmp_path / ("x" * 300)])).endswith("File name too long")
+    expected = {
+        "empty": f"{tmp_path / 'empty'} holds no run; 'cifarlab run RECIPE' makes one",
+        "missing": f"{tmp_path / 'missing'} does not exist; give run folders, or a folder that holds some, "
+        "such as runs",
+        "file": f"cannot read {tmp_path / 'file'}: Not a directory; give a folder that holds runs",
+        "loop": f"cannot read {tmp_path / 'loop'}: Too many levels of symbolic links; give a folder that holds runs",
+        "x" * 300: f"cannot read {tmp_path / ('x' * 300)}: File name too long; give a folder that holds runs",
+    }
+    for place, sentence in expected.items():
+        assert refusal(partial(find_runs, [tmp_path / "runs", tmp_path / place])) == sentence
 
 
 def test_records_are_read_without_torch(run: RunFolder) -> None:

@@ -202,11 +202,13 @@ def find_runs(places: Iterable[Path]) -> list[RunFolder]:
     found: dict[Path, RunFolder] = {}
     for place in places:
         try:
-            exists = place.exists()
+            os.scandir(place).close()  # rglob passes over what it may not read
+        except FileNotFoundError:
+            raise NotARunError(
+                f"{place} does not exist; give run folders, or a folder that holds some, such as runs"
+            ) from None
         except OSError as error:
-            raise NotARunError(f"cannot read {place}: {error.strerror}") from error
-        if not exists:
-            raise NotARunError(f"{place} does not exist; give run folders, or a folder that holds some, such as runs")
+            raise NotARunError(f"cannot read {place}: {error.strerror}; give a folder that holds runs") from error
         inside = [
             RunFolder(log.parent)
             for log in place.rglob("train.json")

@@ -88,7 +88,7 @@ def run(
         typer.Option(help="cifar10, cifar100, digits or folder:PATH; may be given again. [default: the recipe's]"),
     ] = None,
     data: DataOption = None,
-    runs: Annotated[Path, typer.Option(help="Folder that the run folders go into.")] = RUNS,
+    runs: Annotated[Path, typer.Option(readable=False, help="Folder that the run folders go into.")] = RUNS,
     set_: SetOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The seed. [default: the recipe's]")] = None,
     seeds: Annotated[
@@ -238,7 +238,7 @@ def show(
 
 @app.command()
 def test(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(readable=False, help="A run folder.")],
     data: DataOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -269,7 +269,8 @@ class Format(StrEnum):
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders, or folders that hold some. [default: runs]")
+        list[Path] | None,
+        typer.Argument(readable=False, help="Run folders, or folders that hold some. [default: runs]"),
     ] = None,
     format_: Annotated[Format, typer.Option("--format", help="How to print the table.")] = Format.table,
 ) -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 DataOption = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="Folder that holds cifar-10-batches-py and its like. [default: CIFARLAB_DATA, or the cache]"
+        "--data",
+        readable=False,  # what can't be read is a matter of data, with that exit code, not of usage
+        help="Folder that holds cifar-10-batches-py and its like. [default: CIFARLAB_DATA, or the cache]",
     ),
 ]
 SetOption = Annotated[
