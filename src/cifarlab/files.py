@@ -1,4 +1,4 @@
-"""Every write to a run folder goes through here: whole or not at all, flushed, renamed. And what paths from users need.
+"""Every write to disk goes through here: whole or not at all, flushed, renamed, locked. And what users' paths need.
 
 A file is written under a temporary name in its own folder, flushed to the disk, and renamed over the final name.
 So a reader sees the old bytes or the new ones, never half of either, whatever stops the process or fills the disk.
@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,6 +108,53 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     # File names that are not UTF-8 hold lone surrogates; a backslash escape is how JSON writes them.
     write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+@contextlib.contextmanager
+def continuing(path: Path, start: int) -> Iterator[IO[bytes]]:
+    """Open a partial file to go on after its first `start` bytes, which are all that it has; 0 begins it anew.
+
+    What was written is flushed to the disk at the end. Raises StorageError where the operating system refuses.
+    """
+    try:
+        with path.open("ab" if start else "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain("write", path, error) from error
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or folder its final name, for good. Raises StorageError."""
+    try:
+        old.replace(new)
+    except OSError as error:
+        raise explain("write", new, error) from error
+    _flush_folder(new.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file `path`; calls `waiting` once where somebody else holds it. The lock dies with its owner.
+
+    Raises StorageError where the file can't be made.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            waiting()
+            lock.acquire()
+    except OSError as error:
+        raise explain("lock", path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove(path: Path) -> None:

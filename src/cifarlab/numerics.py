@@ -32,6 +32,8 @@ def exact(device: torch.device, *, channels_last_on_cpu: bool) -> Numerics:
     # On the CPU everything that is used here is deterministic. On a GPU the odd operation is not: torch then warns.
     deterministic = device.type == "cpu"
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
+    # A debugging aid of the deterministic mode that writes NaN over all new memory: an eighth of EX-2's step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -12,7 +12,6 @@ pickle, and is read by every other tool too. It appears at once, by the rename o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -177,7 +176,8 @@ def fetch(
     downloads = folder / ".downloads" / name
     try:
         files.make_folder(folder)
-        with _locked(folder / f".{name}.lock", cifar, report):
+        waiting = f"another run is downloading {cifar.title}; waiting for it"
+        with files.locked(folder / f".{name}.lock", lambda: report(waiting)):
             if (folder / cifar.binary_folder).is_dir():
                 return folder  # another run was first
             courier = _Courier(report, patience, clock, sleep)
@@ -265,13 +265,10 @@ class _Courier:
                 self.report(f"{file.filename}: {reason}")
                 continue
             reason = _mismatch(part, file) or ""
-            try:
-                if not reason:
-                    part.replace(target)
-                    return
-                part.unlink()
-            except OSError as error:
-                raise files.explain("write", target, error) from error
+            if not reason:
+                files.rename(part, target)
+                return
+            files.remove(part)
             if start == 0:
                 raise _FailedError(reason)
             # The first bytes may have come from elsewhere, or be damaged: once more, from the beginning.
@@ -286,18 +283,14 @@ class _Courier:
         try:
             with client.stream("GET", file.url, headers=headers) as response:
                 start = _start_of(response, file, start)
-                with part.open("ab" if start else "wb") as out:
+                with files.continuing(part, start) as out:
                     self.copy(response.iter_raw(), out, file, start, source, minimum_speed)
-                    out.flush()
-                    os.fsync(out.fileno())
         except httpx.TimeoutException:
             raise _InterruptedError(f"no answer within {self.patience.timeout:g} s") from None
         except httpx.TransportError as error:
             raise _InterruptedError(str(error) or type(error).__name__) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _FailedError(str(error) or type(error).__name__) from error
-        except OSError as error:
-            raise files.explain("write", part, error) from error
 
     def copy(
         self, chunks: Iterator[bytes], out: Any, file: RemoteFile, done: int, source: str, minimum_speed: float
@@ -382,30 +375,9 @@ def _install(cifar: Cifar, downloads: Path, folder: Path, source: Source) -> Non
     files.make_folder(unfinished)
     try:
         write_binary(cifar, contents, unfinished, origin)
-        unfinished.rename(folder / cifar.binary_folder)
-    except OSError as error:
-        raise files.explain("write", folder / cifar.binary_folder, error) from error
+        files.rename(unfinished, folder / cifar.binary_folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, cifar: Cifar, report: Report) -> Iterator[None]:
-    import filelock
-
-    lock = filelock.FileLock(path)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            report(f"another run is downloading {cifar.title}; waiting for it")
-            lock.acquire()
-    except OSError as error:
-        raise files.explain("lock", path, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _progress(done: int, file: RemoteFile) -> str:
