@@ -317,7 +317,7 @@ def test_a_loss_that_diverges_is_exit_code_4_and_what_finished_before_is_shown(
     arguments = ["run", "ex1", "--dataset", "digits", "--runs", tmp_path, "--seeds", 3, *FAST]
     code, out, err = call(capsys, monkeypatch, *arguments)
     assert (code, err) == (4, "cifarlab: the loss became NaN\n")
-    assert re.search(r"│ ex1 +│ +\d+\.\d+%", out)
+    assert re.search(r"^ *ex1 +\d+\.\d+% ", out, re.MULTILINE)
     statuses = {
         RunFolder(log.parent).recipe().seed: json.loads(log.read_text()) for log in tmp_path.rglob("train.json")
     }

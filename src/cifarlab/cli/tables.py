@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,13 +17,14 @@ from cifarlab.recipe import Recipe, load_recipe, recipe_names, recipe_text
 def print_comparison(console: Console, rows: Sequence[Row]) -> None:
     """One table per dataset."""
     for dataset in dict.fromkeys(row.dataset for row in rows):
-        table = Table(title=Text(dataset), title_justify="left", padding=(0, 0, 0, 1))
+        # Without frames it fits into the 80 columns of a plain terminal.
+        table = Table(title=Text(dataset, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for number, column in enumerate(COLUMNS):
-            words = max(len(word) for word in column.split())
+            heading = column.replace(" ", "\n")
             if number:
-                table.add_column(column, justify="right", min_width=words)
+                table.add_column(heading, justify="right", no_wrap=True)
             else:
-                table.add_column(column, min_width=words, overflow="fold")
+                table.add_column(heading, min_width=len(column), overflow="fold")
         for row in rows:
             if row.dataset == dataset:
                 table.add_row(*(Text(cell) for cell in cells(row)))
