@@ -194,7 +194,13 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields:
     member.size = len(data)
     for field, value in fields.items():
         setattr(member, field, value)
-    archive.addfile(member, io.BytesIO(data) if data else None)
+    if data:
+        archive.addfile(member, io.BytesIO(data))
+    else:  # the header alone: `addfile` refuses one that promises bytes, from Python 3.13 on
+        header = member.tobuf(archive.format, "utf-8", "surrogateescape")
+        assert archive.fileobj is not None
+        archive.fileobj.write(header)
+        archive.offset += len(header)
 
 
 # --- The Hub's parquet form -------------------------------------------------------------------------------------------
