@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cifarlab.errors import NotARunError
+from cifarlab.errors import NotARunError, printable
 from cifarlab.recipe import fingerprint, flatten
 from cifarlab.rundir import RunFolder
 
@@ -122,9 +122,9 @@ def _read(folder: RunFolder) -> _Run:
     }
     return _Run(
         path=str(folder.path),
-        dataset=_one_line(str(log["dataset"])),
-        experiment=_one_line(str(recipe["name"])),
-        status=_one_line(str(log["status"])),
+        dataset=printable(str(log["dataset"])),
+        experiment=printable(str(recipe["name"])),
+        status=printable(str(log["status"])),
         seed=seed,
         fingerprint=key,
         content_hash=content_hash,
@@ -178,7 +178,7 @@ def _changes(runs: list[_Run]) -> list[str]:
     alike = Counter((run.dataset, run.experiment, *field) for run in runs for field in run.fields.items())
     return [
         ", ".join(
-            _one_line(f"{name}={value}")
+            printable(f"{name}={value}")
             for name, value in run.fields.items()
             if alike[run.dataset, run.experiment, name, value] < namesakes[run.dataset, run.experiment]
         )
@@ -244,17 +244,12 @@ def _harmless(value: Any) -> Any:
     """Spreadsheets run a cell that begins like a formula; a leading quote makes it text."""
     if not isinstance(value, str):
         return value
-    text = _one_line(value)
+    text = printable(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _markdown(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;")
-
-
-def _one_line(text: str) -> str:
-    """Text from a record without what would end a line, move a terminal's cursor or not be UTF-8."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _percent(figure: Figure) -> str:

@@ -58,6 +58,11 @@ class DivergedError(RunError):
     pass
 
 
+def printable(text: str) -> str:
+    """Text from outside as one line, without what would end it, move a terminal's cursor or not be UTF-8."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A clause for a message: the choice that `name` was probably meant to be, or all of them.
 

@@ -19,8 +19,9 @@ from cifarlab import __version__, files, machine, metrics, numerics, plots
 from cifarlab.data.augment import Pipeline
 from cifarlab.data.batches import ImageStore, reader_died
 from cifarlab.data.dataset import Dataset
+from cifarlab.data.download import Report
 from cifarlab.data.prepare import Part, Prepared, prepare
-from cifarlab.data.sources import Report, dataset_shape, load_dataset
+from cifarlab.data.sources import dataset_shape, load_dataset
 from cifarlab.data.split import balanced_choice
 from cifarlab.errors import NotARunError, RunError
 from cifarlab.evaluate import predict
@@ -65,7 +66,6 @@ def run_experiment(
     so and the test set is left alone. Raises what preparing, training and writing raise; once there is a run folder,
     its train.json then says "failed", or holds the `error` if training had finished.
     """
-    network(recipe.model)
     with _explained(recipe):
         prepared = prepare(dataset, recipe.data, recipe.seed)
         for finding in _findings(prepared):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cifarlab import __version__
-from cifarlab.cli.common import DataOption, SetOption, make_console, printable, say
+from cifarlab.cli.common import DataOption, SetOption, make_console, say
 from cifarlab.cli.data import data_app
-from cifarlab.errors import CifarlabError, UsageError
+from cifarlab.errors import CifarlabError, UsageError, printable
 
 if TYPE_CHECKING:
     from cifarlab.data.dataset import Dataset

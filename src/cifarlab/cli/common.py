@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cifarlab.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,11 +25,6 @@ DataOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set train.epochs=2.")
 ]
-
-
-def printable(text: str) -> str:
-    """Text from outside, without what would move the cursor or colour the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def say(text: str) -> None:

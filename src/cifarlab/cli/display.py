@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
-from cifarlab.cli.common import printable
+from cifarlab.errors import printable
 from cifarlab.train import Progress
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from cifarlab import files, machine
@@ -11,14 +10,12 @@ from cifarlab.data import download
 from cifarlab.data.cifar import DATASETS, read_cifar
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.digits import read_digits
+from cifarlab.data.download import Report
 from cifarlab.data.folder import folder_classes, read_folder
 from cifarlab.errors import DataError
 from cifarlab.recipe import FOLDER_PREFIX, Data, check_dataset_name
 
 DEFAULT_FOLDER_SIZE = 32
-
-# Prints a line for the user.
-Report = Callable[[str], None]
 
 
 def load_dataset(name: str, section: Data, resolution: int | None, folder: Path | None, report: Report) -> Dataset:
