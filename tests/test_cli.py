@@ -374,3 +374,4 @@ def test_a_folder_of_somebody_else_is_refused_in_one_sentence(
     finally:
         os.seteuid(0)
     assert ended == code and str(secret) in err and err.count("\n") == 1
+    assert "permission denied" in err.lower()

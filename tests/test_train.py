@@ -308,13 +308,13 @@ def test_weights_that_overflow_are_never_saved(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.rglob("best.pth"))
 
 
-@pytest.mark.parametrize("sizes", [[1, 30, 30], [8, 8]])
+@pytest.mark.parametrize("sizes", [[1, 30, 30], [8, 8], [1, 1, 1, 20]])
 def test_a_class_with_hardly_any_images_does_not_stop_a_run(
     sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = np.repeat(np.arange(len(sizes)), sizes)
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)
-    dataset = Dataset("digits", tuple("abc"[: len(sizes)]), Images(pixels, labels), None, None, "made here")
+    dataset = Dataset("digits", tuple("abcd"[: len(sizes)]), Images(pixels, labels), None, None, "made here")
     folder = run(tmp_path, "train.epochs=1", dataset=dataset, monkeypatch=monkeypatch)
     assert folder.train_log()["status"] == "finished" and folder.train_log()["overfitting_gap"] is not None
 
