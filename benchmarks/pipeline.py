@@ -83,7 +83,7 @@ def ours(name: str, data: Path, device_name: str) -> Round:
         stop = StopRequest()
         clock = Clock(stop)
         run = RunFolder.create(Path(folder.name), recipe, datetime.now())
-        train(recipe, make_task(recipe, prepared, device), run, clock, stop, time.time())
+        train(recipe, make_task(recipe, prepared, device, None), run, clock, stop, time.time())
         return timed * BATCH / clock.seconds
 
     return one_round
@@ -98,14 +98,14 @@ def ceiling(name: str, data: Path, device_name: str) -> Round:
     from torch.nn import functional as F
 
     from cifarlab import numerics
-    from cifarlab.models import build_model, network
+    from cifarlab.models import build_model, channels_last_on_cpu
     from cifarlab.optim import build_optimizer
     from cifarlab.recipe import load_recipe
 
     warm, timed = STEPS[name]["ceiling"]
     recipe, device = load_recipe(name), machine.choose_device(device_name)
-    numbers = numerics.exact(device, channels_last_on_cpu=network(recipe.model).channels_last_on_cpu)
-    side = recipe.train.resolution or 32
+    numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
+    side = recipe.evaluation_side or 32
     model = build_model(recipe.model, classes=10, size=(side, side), seed=0).to(device)
     model.to(memory_format=numbers.memory_format)
     optimizer = build_optimizer(recipe.optimizer, model)
@@ -146,7 +146,7 @@ def standard(name: str, data: Path, device_name: str, workers: int) -> Round:
     found = read_cifar("cifar10", data)
     assert found is not None, f"no CIFAR-10 in {data}"
     pixels, targets = found.train.pixels.transpose(0, 2, 3, 1), found.train.labels
-    side = recipe.train.resolution or 32
+    side = recipe.evaluation_side or 32
     augment: list[Any] = []
     if recipe.train.resolution:
         augment += [v2.Resize(side, antialias=True)]

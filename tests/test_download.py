@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -12,8 +11,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,126 +20,26 @@ import numpy as np
 import pytest
 
 from cifar_files import BINARY_FOLDER, Tiny, tiny, write_archive, write_parquet, write_python
-from cifarlab.data import download
+from cifarlab import download
+from cifarlab.data import cifar_download
 from cifarlab.data.cifar import read_cifar, read_contents
-from cifarlab.data.download import OFFICIAL_HOST, Patience, RemoteFile, Source, cache_folder, default_sources, fetch
+from cifarlab.data.cifar_download import OFFICIAL_HOST, default_sources, fetch
+from cifarlab.download import AnnouncedFile, Courier, Patience, RemoteFile, Source, Wanted, cache_folder, deliver
 from cifarlab.errors import DataError, DownloadError
+from local_server import Server, cut, forget_settings, in_turn, send_head, serving, slow, status, whole
 
-# What a handler does with a request: `h` is the handler, `start` the first byte that is asked for.
-Answer = Callable[[Any, int], None]
 PATIENCE = Patience(minimum_speed=0, window=0.3, timeout=5, tries=3, backoff=1)
-
-
-# --- The server -------------------------------------------------------------------------------------------------------
-
-
-class Server:
-    def __init__(self) -> None:
-        self.routes: dict[str, Answer] = {}
-        self.requests: list[tuple[str, str | None]] = []  # path, Range
-        self.released = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                wanted = self.headers["Range"]
-                outer.requests.append((self.path, wanted))
-                start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-                with contextlib.suppress(ConnectionError):
-                    outer.routes.get(self.path, status(404))(self, start)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = False
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.requests]
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.released.set()
-    server.http.shutdown()
-    server.http.server_close()
-    thread.join()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "CIFARLAB_DATA", "ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-def send_head(h: Any, length: int, start: int, *, announced: bool = True) -> None:
-    """The head of an answer with the bytes from `start` on of a file of `length` bytes."""
-    h.send_response(206 if start else 200)
-    if start:
-        h.send_header("Content-Range", f"bytes {start}-{length - 1}/{length}")
-    if announced:
-        h.send_header("Content-Length", str(length - start))
-    h.end_headers()
-
-
-def whole(data: bytes, *, ranges: bool = True, announced: bool = True) -> Answer:
-    def answer(h: Any, start: int) -> None:
-        first = start if ranges else 0
-        send_head(h, len(data), first, announced=announced)
-        h.wfile.write(data[first:])
-
-    return answer
-
-
-def status(code: int, **headers: str) -> Answer:
-    def answer(h: Any, start: int) -> None:
-        h.send_response(code)
-        for name, value in headers.items():
-            h.send_header(name.replace("_", "-"), value)
-        h.send_header("Content-Length", "0")
-        h.end_headers()
-
-    return answer
-
-
-def slow(data: bytes, speed: float) -> Answer:
-    """`speed` bytes a second at most, in fifty portions a second."""
-
-    def answer(h: Any, start: int) -> None:
-        send_head(h, len(data), start)
-        portion = int(speed / 50)
-        for at in range(start, len(data), portion):
-            h.wfile.write(data[at : at + portion])
-            time.sleep(1 / 50)
-
-    return answer
-
-
-def cut(data: bytes, after: int) -> Answer:
-    """Announces all and closes the connection after `after` bytes."""
-
-    def answer(h: Any, start: int) -> None:
-        send_head(h, len(data), start)
-        h.wfile.write(data[start : start + after])
-
-    return answer
-
-
-def in_turn(*answers: Answer) -> Answer:
-    """One answer after the other, the last for ever."""
-    left = list(answers)
-
-    def answer(h: Any, start: int) -> None:
-        (left.pop(0) if len(left) > 1 else left[0])(h, start)
-
-    return answer
+    forget_settings(monkeypatch)
 
 
 # --- What is downloaded -----------------------------------------------------------------------------------------------
@@ -208,6 +106,12 @@ def remote(server: Server, path: str, content: bytes, folder: str = "") -> Remot
     name = path.rpartition("/")[2]
     digests = hashlib.sha256(content).hexdigest(), hashlib.md5(content).hexdigest()
     return RemoteFile(server.url + path, f"{folder}/{name}" if folder else name, len(content), *digests)
+
+
+def pinned(source: Source) -> tuple[RemoteFile, ...]:
+    """The files of a source all of whose files are pinned."""
+    assert all(isinstance(file, RemoteFile) for file in source.files)
+    return tuple(file for file in source.files if isinstance(file, RemoteFile))
 
 
 ARCHIVE = "/official/cifar-10-python.tar.gz"
@@ -404,7 +308,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         folders.append(folder)
         return read_contents(cifar, folder)
 
-    monkeypatch.setattr(download, "read_contents", spy)
+    monkeypatch.setattr(cifar_download, "read_contents", spy)
     return folders
 
 
@@ -424,7 +328,7 @@ def test_wrong_bytes_are_thrown_away_unopened_and_the_next_source_asked(world: W
 
 
 def test_the_md5_must_be_right_too(world: World, opened: list[Path]) -> None:
-    file = dataclasses.replace(world.official.files[0], md5="0" * 32)
+    file = dataclasses.replace(pinned(world.official)[0], md5="0" * 32)
     assert f"instead of {'0' * 32}" in world.refusal(dataclasses.replace(world.official, files=(file,)))
     assert opened == []
 
@@ -493,13 +397,114 @@ def test_a_crawling_source_is_better_than_one_that_fails(world: World) -> None:
 def test_speed_is_measured_over_the_window_and_not_over_all(world: World) -> None:
     # By a clock that moves a second at every look, a window of three seconds holds three portions.
     ticks = iter(range(10_000))
-    courier = download._Courier(world.lines.append, Patience(window=3), lambda: float(next(ticks)), world.naps.append)
-    file = dataclasses.replace(world.hub.files[0], size=10**9)
+    courier = Courier(world.lines.append, Patience(window=3), lambda: float(next(ticks)), world.naps.append)
+    file = dataclasses.replace(pinned(world.hub)[0], size=10**9)
     portions = [bytes(3000)] * 30 + [bytes(10)] * 30
     with Path(os.devnull).open("wb") as out, pytest.raises(download._CrawlsError) as caught:
         courier.copy(iter(portions), out, file, 0, "x", minimum_speed=1000)
     assert caught.value.speed == 10
     assert sum(line.startswith(file.filename) for line in world.lines) == 6  # every five seconds
+
+
+# --- Files that the server describes ----------------------------------------------------------------------------------
+
+
+CONTENT = bytes(range(256)) * 100
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def on_the_hub(server: Server, size: int = len(CONTENT), etag: str = f'"{SHA256}"') -> None:
+    """At /model a redirect that describes the file, as the Hub's do, to a store that answers no HEAD."""
+
+    def store(h: Any, start: int) -> None:
+        (status(403) if h.command == "HEAD" else whole(CONTENT))(h, start)
+
+    headers = {"X_Linked_Size": str(size), "X_Linked_Etag": etag}
+    server.routes = {"/model": status(302, Location=f"{server.url}/store", **headers), "/store": store}
+
+
+def bring(server: Server, folder: Path, sha256: str | None, naps: list[float] | None = None) -> bytes:
+    """What `deliver` leaves of /model, for a file whose digest begins with `sha256`, or is the server's to say."""
+    naps = [] if naps is None else naps
+    source = Source("the hub", (AnnouncedFile(f"{server.url}/model", "model.bin", sha256),))
+    wanted = Wanted("the model", by_hand="train one")
+    _, place = deliver(wanted, (source,), folder, Courier(lambda line: None, PATIENCE, sleep=naps.append))
+    assert [path.name for path in place.iterdir()] == ["model.bin"]
+    return (place / "model.bin").read_bytes()
+
+
+def test_the_hub_says_what_a_file_is_before_it_sends_it(server: Server, tmp_path: Path) -> None:
+    on_the_hub(server)
+    assert bring(server, tmp_path, None) == CONTENT
+    assert server.heads[0] == "/model" and server.paths() == ["/model", "/store"]
+
+
+def test_what_the_hub_sends_must_be_what_it_said(server: Server, tmp_path: Path) -> None:
+    on_the_hub(server, etag='"' + "0" * 64 + '"')
+    with pytest.raises(DownloadError, match=f"the hub: model.bin has SHA-256 {SHA256} instead of {'0' * 64}"):
+        bring(server, tmp_path, None)
+    on_the_hub(server, size=len(CONTENT) + 1)
+    with pytest.raises(DownloadError, match="has another file than the pinned one: 25,600 bytes, not 25,601"):
+        bring(server, tmp_path, None)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("digits", [8, 10, 64])
+def test_the_beginning_of_a_digest_is_checked(server: Server, tmp_path: Path, digits: int) -> None:
+    server.routes["/model"] = whole(CONTENT)
+    assert bring(server, tmp_path / "right", SHA256[:digits]) == CONTENT
+    wrong = SHA256[: digits - 1] + ("0" if SHA256[digits - 1] != "0" else "1")
+    with pytest.raises(DownloadError, match=f"has SHA-256 {SHA256} instead of {wrong}\\);"):
+        bring(server, tmp_path / "wrong", wrong)
+
+
+def test_a_digest_that_is_known_is_not_the_servers_to_say(server: Server, tmp_path: Path) -> None:
+    on_the_hub(server)
+    with pytest.raises(DownloadError, match=f"has SHA-256 {SHA256} instead of {'0' * 8}"):
+        bring(server, tmp_path, "0" * 8)
+
+
+@pytest.mark.parametrize("etag", ["", '"0123"', "W/" + "0" * 62, "g" * 64])
+def test_a_file_without_any_digest_is_not_fetched(server: Server, tmp_path: Path, etag: str) -> None:
+    on_the_hub(server, etag=etag)
+    with pytest.raises(DownloadError, match=r"the hub: announces no SHA-256 of model.bin"):
+        bring(server, tmp_path, None)
+    assert server.requests == []
+
+
+def test_a_file_without_a_size_is_not_fetched(server: Server, tmp_path: Path) -> None:
+    server.routes["/model"] = whole(CONTENT, announced=False)
+    with pytest.raises(DownloadError, match=r"the hub: does not say how large model.bin is"):
+        bring(server, tmp_path, SHA256)
+    assert server.requests == []
+
+
+def test_a_server_that_is_overloaded_is_asked_again_what_a_file_is(server: Server, tmp_path: Path) -> None:
+    naps: list[float] = []
+    server.routes["/model"] = in_turn(status(503, Retry_After="7"), whole(CONTENT))
+    assert bring(server, tmp_path, SHA256, naps) == CONTENT
+    assert (naps, server.heads) == ([7], ["/model"] * 2)
+    server.routes["/model"] = status(503)
+    with pytest.raises(DownloadError, match=r"the hub: HTTP 503 \(3 tries\)"):
+        bring(server, tmp_path / "other", SHA256, naps)
+    assert naps == [7, 1, 2]
+    server.routes["/model"] = status(404)
+    with pytest.raises(DownloadError, match=r"could not download the model \(the hub: HTTP 404\); .+, or train one"):
+        bring(server, tmp_path / "other", SHA256, naps)
+    assert len(naps) == 3
+
+
+def test_space_is_checked_for_what_the_server_says(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_hub(server, size=2_000_000_000)
+    usage = shutil.disk_usage("/")._replace(free=1_500_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        DownloadError, match=r"has 1,500 MB of free space, and the download needs 2,000 MB; free some, or c"
+    ):
+        bring(server, tmp_path, None)
+    assert server.requests == []
 
 
 # --- No way -----------------------------------------------------------------------------------------------------------
@@ -521,7 +526,7 @@ def test_without_a_network_there_is_a_sentence(world: World) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
-    file = dataclasses.replace(world.official.files[0], url=url)
+    file = dataclasses.replace(pinned(world.official)[0], url=url)
     message = world.refusal(Source("nobody", (file,)))
     assert "could not download CIFAR-10 (nobody: " in message and "refused" in message
     assert world.naps == [1, 2]
@@ -529,7 +534,7 @@ def test_without_a_network_there_is_a_sentence(world: World) -> None:
 
 @pytest.mark.parametrize("url", ["hf-mirror.example/x", "ftp://example/x", "http://[broken/x"])
 def test_an_address_that_is_none_is_a_sentence_too(world: World, url: str) -> None:
-    file = dataclasses.replace(world.official.files[0], url=url)
+    file = dataclasses.replace(pinned(world.official)[0], url=url)
     assert "could not download CIFAR-10 (odd: " in world.refusal(Source("odd", (file,)))
 
 
@@ -551,7 +556,7 @@ def test_offline_the_network_is_not_touched(world: World, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     monkeypatch.setattr(httpx, "Client", lambda **settings: pytest.fail("network"))
     message = world.refusal()
-    assert message.startswith("CIFAR-10 is not downloaded because HF_HUB_OFFLINE is set; unset it, or put cifar-10-")
+    assert message.startswith("CIFAR-10 can't be downloaded because HF_HUB_OFFLINE is set; unset it, or put cifar-10-")
     assert world.server.requests == []
     assert not world.folder.exists()
 
@@ -638,9 +643,9 @@ def test_a_folder_that_cannot_be_made_is_told(world: World, tmp_path: Path) -> N
 def test_the_archives_are_pinned_as_torchvision_pins_them(name: str) -> None:
     from torchvision import datasets
 
-    pinned = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    file = default_sources(name)[1].files[0]
-    assert (file.url, file.filename, file.md5) == (pinned.url, pinned.filename, pinned.tgz_md5)
+    theirs = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    file = pinned(default_sources(name)[1])[0]
+    assert (file.url, file.filename, file.md5) == (theirs.url, theirs.filename, theirs.tgz_md5)
     assert file.url.startswith(OFFICIAL_HOST)
 
 
@@ -650,8 +655,8 @@ def test_the_hub_comes_first_at_a_fixed_revision(monkeypatch: pytest.MonkeyPatch
         "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/0b2714987fa478483af9968de7c934580d0bb9a2/"
         "plain_text/train-00000-of-00001.parquet"
     )
-    assert hub.files[0].size + hub.files[1].size == 143_646_105  # `download_size` in the README of that revision
-    assert official.files[0].size == 170_498_071
+    assert sum(file.size for file in pinned(hub)) == 143_646_105  # `download_size` in the README of that revision
+    assert pinned(official)[0].size == 170_498_071
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     assert default_sources("cifar100")[0].files[1].url == (
         "https://mirror.example/datasets/uoft-cs/cifar100/resolve/aadb3af77e9048adbea6b47c21a81e47dd092ae5/"
@@ -660,7 +665,7 @@ def test_the_hub_comes_first_at_a_fixed_revision(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_pin_is_a_digest_and_no_two_are_alike() -> None:
-    files = [file for name in ("cifar10", "cifar100") for source in default_sources(name) for file in source.files]
+    files = [file for name in ("cifar10", "cifar100") for source in default_sources(name) for file in pinned(source)]
     assert len(files) == len({file.sha256 for file in files}) == 6
     for file in files:
         assert len(file.sha256) == 64 and int(file.sha256, 16) and file.size > 20_000_000

@@ -25,19 +25,22 @@ ORDER = (
     "recipe_base",
     "recipe_schedule",
     "recipe_optimizer",
+    "recipe_sections",
     "recipes",
     "recipe",
     "machine",
     "distributed",
+    "download",
     "data",
     "data.dataset",
     "data.unpickle",
     "data.cifar",
-    "data.download",
+    "data.cifar_download",
     "data.folder data.digits data.leaks data.split",
     "data.sources",
     "data.prepare",
-    "data.augment",
+    "data.color",
+    "data.augment data.mixing",
     "data.batches",
     "models models.*",
     "schedule",
@@ -45,9 +48,11 @@ ORDER = (
     "numerics",
     "rundir",
     "metrics",
+    "features",
     "evaluate",
     "budget",
     "train",
+    "lr_find",
     "predict",
     "export",
     "plots",
@@ -176,7 +181,7 @@ def test_the_rows_name_modules_of_this_package_each_once() -> None:
         ("recipe", "import cifarlab.train", "recipe, line 1, imports train, which comes later"),
         ("rundir", "from cifarlab import files, train", "rundir, line 1, imports train, which comes later"),
         ("schedule", "\ndef f():\n    from cifarlab.optim import x", "schedule, line 3, imports optim"),
-        ("data.cifar", "if TYPE_CHECKING:\n    from cifarlab.data import download", "imports data.download"),
+        ("data.cifar", "if TYPE_CHECKING:\n    from cifarlab.data import digits", "imports data.digits"),
         ("data.split", "from cifarlab.data.leaks import twins", "data.split, line 1, imports data.leaks"),
         ("compare", "from cifarlab.report.page import x", "compare, line 1, imports report.page"),
         ("report.page", "from cifarlab.experiment import x", "report.page, line 1, imports experiment"),
@@ -185,7 +190,7 @@ def test_the_rows_name_modules_of_this_package_each_once() -> None:
     ],
 )
 def test_an_import_that_points_the_other_way_is_found(module: str, source: str, sentence: str) -> None:
-    extra = {"report.page": "", "data.download": "", "data.leaks": "", "train": "", "optim": "", "experiment": ""}
+    extra = {"report.page": "", "data.digits": "", "data.leaks": "", "train": "", "optim": "", "experiment": ""}
     (wrong,) = complaints(extra | {"files": "", "report": "", module: source})
     assert sentence in wrong
 
@@ -207,7 +212,10 @@ def test_an_import_from_an_earlier_row_or_within_a_package_is_fine() -> None:
 # --- weight -----------------------------------------------------------------------------------------
 
 
-HEAVY = ("torch", "torchvision", "numpy", "matplotlib", "sklearn", "yaml", "PIL", "httpx", "pyarrow", "psutil")
+HEAVY = (
+    *("torch", "torchvision", "timm", "numpy", "matplotlib", "sklearn", "yaml", "PIL", "httpx", "pyarrow", "psutil"),
+    *("safetensors", "huggingface_hub"),
+)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +226,7 @@ HEAVY = ("torch", "torchvision", "numpy", "matplotlib", "sklearn", "yaml", "PIL"
         # typer takes pydantic to read a command's arguments.
         (["run", "--help"], HEAVY),
         (["compare", "--help"], HEAVY),
+        (["models", "--help"], HEAVY),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], heavy: tuple[str, ...]) -> None:

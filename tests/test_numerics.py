@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from cifarlab import numerics
 from cifarlab.models import build_model
-from cifarlab.recipe import Model
+from cifarlab.recipe_sections import Model
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import pytest
 from cifarlab.data.dataset import Dataset, Images, Int64Array
 from cifarlab.data.prepare import Part, Prepared, prepare
 from cifarlab.errors import DataError, RecipeError
-from cifarlab.recipe import Data
+from cifarlab.recipe_sections import Data
 
 CLASSES = ("cat", "dog", "emu")
 

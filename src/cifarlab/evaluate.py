@@ -1,17 +1,26 @@
-"""Model and images to logits: sums and counts, every sample once."""
+"""Model and images to logits: sums and counts, every sample once; test-time augmentation."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifarlab.data.augment import Pipeline
-from cifarlab.data.batches import ImageStore
+from cifarlab.data.augment import Draws, Pipeline
+from cifarlab.data.batches import Batch, ImageStore
+from cifarlab.features import FrozenStages, Source
+from cifarlab.seeds import derive_seed
+
+# `evaluate.tta`: none, mirrored as well, five places mirrored and not, or so many augmented versions.
+Tta = Literal["flip", "crops"] | int | None
 
 
 @dataclass(frozen=True)
@@ -33,17 +42,120 @@ class Predictions:
         return {"logits": self.logits.numpy(), "labels": self.labels.numpy(), "index": self.samples.numpy()}
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, store: ImageStore, samples: Tensor, pipeline: Pipeline, batch_size: int) -> Predictions:
-    """Logits of the images at `samples` (int64 (N,), on the CPU), in evaluation mode and without augmentation.
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A model as it is run: its frozen stages apart where they are, and how many of its outputs are classes.
 
-    Leaves the model in the mode it was in. What is returned is on the CPU.
+    model: all of it. rest: what comes after `frozen`; the model itself where nothing is apart.
     """
-    was_training = model.training
-    model.eval()
+
+    model: nn.Module
+    rest: nn.Module
+    frozen: FrozenStages | None
+    classes: int
+
+
+@torch.inference_mode()
+def predict(
+    network: Network,
+    store: ImageStore,
+    samples: Tensor,
+    pipeline: Pipeline,
+    batch_size: int,
+    *,
+    tta: Tta = None,
+    seed: int = 0,
+    remember: str | None = None,
+) -> Predictions:
+    """Logits of the images at `samples` (int64 (N,), on the CPU), in evaluation mode.
+
+    tta: with test-time augmentation, logits are the logarithm of the views' mean probabilities; augmented versions are
+    drawn from `seed`. remember: a name for these images, which will be asked for again: what frozen stages make
+    of them is kept. Leaves every part of the model in the mode it was in. What is returned is on the CPU.
+    """
+    views = _views(pipeline, tta, seed, len(store))
+    source = Source(remember, pipeline.output_size[0], 0) if remember is not None and tta is None else None
     logits, labels = [], []
-    for batch in store.batches(samples, batch_size):
-        logits.append(model(pipeline.evaluate(batch.pixels)).float())
-        labels.append(batch.labels)
-    model.train(was_training)
+    with _evaluating(network.model):
+        for batch in store.batches(samples, batch_size):
+            outputs: list[Tensor] = []
+            for view in views:
+                if network.frozen is None:
+                    inputs = view.of(pipeline, batch)
+                else:
+                    inputs = network.frozen(
+                        partial(view.of, pipeline, batch), batch.samples, source, len(store), len(samples)
+                    )
+                outputs.append(network.rest(inputs)[:, : network.classes].float())
+            logits.append(outputs[0] if tta is None else _log_mean_probability(outputs))
+            labels.append(batch.labels)
     return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu(), samples)
+
+
+class _View(NamedTuple):
+    """One way to look at images: as they are, mirrored, shifted by (rows, columns), or augmented by draws."""
+
+    flip: bool = False
+    shift: tuple[int, int] = (0, 0)
+    draws: Draws | None = None
+
+    def of(self, pipeline: Pipeline, batch: Batch) -> Tensor:
+        """float32 (B, 3, H, W): what the network takes."""
+        if self.draws is not None:
+            return pipeline.train(batch.pixels, batch.samples, self.draws)
+        return pipeline.evaluate(batch.pixels, flip=self.flip, shift=self.shift)
+
+
+def _views(pipeline: Pipeline, tta: Tta, seed: int, images: int) -> list[_View]:
+    if tta is None:
+        return [_View()]
+    if tta == "flip":
+        return [_View(), _View(flip=True)]
+    if tta == "crops":
+        by = pipeline.tta_shift
+        shifts = [(0, 0), (-by, -by), (-by, by), (by, -by), (by, by)]
+        return [_View(flip, shift) for shift in shifts for flip in (False, True)]
+    return [_View(draws=pipeline.draw(derive_seed(seed, "tta", number), 0, images)) for number in range(tta)]
+
+
+def _log_mean_probability(outputs: list[Tensor]) -> Tensor:
+    """Logits (B, K) of each view to the logarithm of their mean probability, float32 (B, K)."""
+    log_probabilities = F.log_softmax(torch.stack(outputs), -1)
+    return torch.logsumexp(log_probabilities, 0) - math.log(len(outputs))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for all of a model, then for each part the mode it had: frozen parts stay in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def choose_tta(
+    asked: Literal["flip", "crops", "auto"] | int,
+    plain: Predictions,
+    again: Callable[[Tta], Predictions],
+) -> dict[str, Any]:
+    """Which test-time augmentation to use, by validation accuracy alone, JSON-ready.
+
+    plain: predictions of the validation images without it; `again(mode)`: with it. `auto` takes the best of none, flip
+    and crops, the cheaper at a tie; anything else is tried and taken.
+    """
+    candidates: list[Tta] = ["flip", "crops"] if asked == "auto" else [asked]
+    tried = {mode: again(mode) for mode in candidates}
+    mode = max(candidates, key=lambda candidate: tried[candidate].accuracy())
+    if asked == "auto" and tried[mode].accuracy() <= plain.accuracy():
+        mode = None
+    chosen = plain if mode is None else tried[mode]
+    return {
+        "mode": mode,
+        "val_accuracy": chosen.accuracy(),
+        "val_loss": chosen.loss(),
+        "val_gain": chosen.accuracy() - plain.accuracy(),
+        "tried": {str(mode): predictions.accuracy() for mode, predictions in tried.items()},
+    }

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,19 @@ from cifarlab import __version__, files, machine, metrics, numerics, plots
 from cifarlab.data.augment import Pipeline
 from cifarlab.data.batches import ImageStore, reader_died
 from cifarlab.data.dataset import Dataset
-from cifarlab.data.download import Report
 from cifarlab.data.prepare import Part, Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
 from cifarlab.data.split import balanced_choice
+from cifarlab.download import Report
 from cifarlab.errors import NotARunError, RunError
-from cifarlab.evaluate import predict
-from cifarlab.models import build_model, check_size, network
-from cifarlab.recipe import Recipe
+from cifarlab.evaluate import Network, Predictions, Tta, choose_tta, predict
+from cifarlab.features import FrozenStages
+from cifarlab.models import build_model, channels_last_on_cpu, check_size, outputs
+from cifarlab.models.chain import chain, freeze, verified_chain
+from cifarlab.models.weights import Weights, find_weights, load_weights
+from cifarlab.recipe import Recipe, make_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Display, StopRequest, Task, mark, train
+from cifarlab.train import Average, Display, StopRequest, Task, mark, train
 
 
 def check_plans(plans: Sequence[Recipe], runs: Path) -> None:
@@ -39,14 +42,14 @@ def check_plans(plans: Sequence[Recipe], runs: Path) -> None:
     """
     for plan in plans:
         _, side = dataset_shape(plan.datasets[0])
-        side = plan.train.resolution or side
-        check_size(plan.model, (side, side))
+        for wanted in plan.sides:
+            check_size(plan.model, (wanted or side, wanted or side))
     files.make_folder(runs)
 
 
 def load(recipe: Recipe, folder: Path | None, report: Report) -> Dataset:
     """The dataset of a resolved recipe. Raises DataError; `folder` is where CIFAR's files are, or are to be put."""
-    return load_dataset(recipe.datasets[0], recipe.data, recipe.train.resolution, folder, report)
+    return load_dataset(recipe.datasets[0], recipe.data, recipe.largest_side, folder, report)
 
 
 def run_experiment(
@@ -70,17 +73,18 @@ def run_experiment(
         prepared = prepare(dataset, recipe.data, recipe.seed)
         for finding in _findings(prepared):
             report(finding)
-        task = make_task(recipe, prepared, device)
+        weights = find_weights(recipe.model, report)
+        task = make_task(recipe, prepared, device, weights)
         run = RunFolder.create(runs, recipe, datetime.now())
         report(f"run folder: {run.path}")
         try:
-            run.write_environment(_environment(dataset, prepared, device, task))
+            run.write_environment(_environment(dataset, prepared, device, task, weights))
             train(recipe, task, run, display, stop, process_started)
             log = run.train_log()
             plots.loss_curve(run.path / "loss.png", log["epochs"], log["best_epoch"])
             plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], log["best_epoch"])
             if log["status"] == "finished" and recipe.evaluate.test:
-                _score(run, recipe, prepared, device, process_started)
+                _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
         except (KeyboardInterrupt, SystemExit):
             mark(run, "stopped", None)
             report(f"interrupted; the run so far is in {run.path}")
@@ -109,15 +113,23 @@ def _explained(recipe: Recipe) -> Iterator[None]:
         raise died from error
 
 
-def score_run(path: Path, *, data_folder: Path | None, device: torch.device, report: Report) -> dict[str, Any]:
+def score_run(
+    path: Path,
+    *,
+    data_folder: Path | None,
+    device: torch.device,
+    report: Report,
+    override: Sequence[str] = (),
+) -> dict[str, Any]:
     """Score a run's best checkpoint on its test set again; the look is counted. Returns test.json's values.
 
-    data_folder: where CIFAR's files are; None: where they were when the run was made, if they are still there.
+    override: another test-time augmentation than the run's, as `["evaluate.tta=flip"]`. data_folder: where CIFAR's files are; None: where they were when the run was made, if they are still there.
     Raises NotARunError where the run is not finished (its best checkpoint is not final) or damaged, or the dataset is
     not the one that it was trained on.
     """
     run = RunFolder.open(path)
     recipe, status = run.recipe(), run.train_log().get("status")
+    asked = make_recipe(recipe.to_dict(), override, origin=f"recipe {recipe.name}").evaluate.tta
     if status != "finished":
         raise NotARunError(
             f"{run.path} is not finished (its status is {status!r}), so its best checkpoint is not final; "
@@ -138,31 +150,53 @@ def score_run(path: Path, *, data_folder: Path | None, device: torch.device, rep
                 f"(content hash {str(data.get('content_hash'))[:12]}…) than the one found, "
                 f"{dataset.source} ({prepared.record['content_hash'][:12]}…); give the folder of the first with --data"
             )
-        return _score(run, recipe, prepared, device, process_started=None)
+        return _score(run, recipe, prepared, device, process_started=None, tta=asked)
 
 
 def _score(
-    run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.device, process_started: float | None
+    run: RunFolder,
+    recipe: Recipe,
+    prepared: Prepared,
+    device: torch.device,
+    process_started: float | None,
+    tta: Tta | Literal["auto"],
 ) -> dict[str, Any]:
     """The test set's figures on the frozen best checkpoint, written to test.json with one more look counted.
 
     process_started: the `time.time()` that `total_time` counts from; None for a later look, which keeps the first's.
+    tta: test-time augmentation; where it is not the run's, what it is worth on validation is found out first.
     """
     state = run.load_checkpoint("best.pth")
     before = run.test_log() or {}
     looks = before.get("test_looks", 0)
     store = _store(prepared.test, recipe, device)
+    numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
     try:
-        model, pipeline, _ = _network(recipe, prepared.classes, store, state["mean"], state["std"], device)
+        mean, std = state["mean"], state["std"]
+        pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers)
+        model = _model(recipe, len(prepared.classes), pipeline.output_size, None, device, numbers)
         model.load_state_dict(state["model"])
+        network = _network(recipe, model, len(prepared.classes), pipeline.output_size, device, numbers)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise NotARunError(f"{run.path / 'best.pth'} does not fit the recipe's network: {reason}") from error
     if not isinstance(looks, int):
         raise NotARunError(f"{run.path / 'test.json'} is damaged: 'test_looks' is not a number")
 
+    def look(part: Part, images: ImageStore, mode: Tta) -> Predictions:
+        samples = torch.from_numpy(part.index)
+        return predict(network, images, samples, pipeline, recipe.evaluate.batch_size, tta=mode, seed=recipe.seed)
+
+    chosen = run.train_log().get("tta") if tta == recipe.evaluate.tta else None
+    if chosen is None and tta is not None:
+        if (part := prepared.validation) is not None:
+            images = store if part.images is prepared.test.images else _store(part, recipe, device)
+            chosen = choose_tta(tta, look(part, images, None), lambda mode: look(part, images, mode))
+        else:
+            chosen = {"mode": tta}  # not "auto", which recipes without validation images refuse
+
     clock = time.perf_counter()
-    predictions = predict(model, store, torch.from_numpy(prepared.test.index), pipeline, recipe.evaluate.batch_size)
+    predictions = look(prepared.test, store, None)
     machine.synchronize(device)
     test_time = time.perf_counter() - clock
     arrays = predictions.arrays()
@@ -174,6 +208,21 @@ def _score(
         "test_looks": looks + 1,
         "total_time": before.get("total_time") if process_started is None else time.time() - process_started,
     }
+    if isinstance(chosen, dict) and chosen.get("mode") is not None:
+        clock = time.perf_counter()
+        augmented = look(prepared.test, store, chosen["mode"])
+        machine.synchronize(device)
+        seconds = time.perf_counter() - clock
+        log["tta"] = {
+            **chosen,
+            "accuracy": augmented.accuracy(),
+            "loss": augmented.loss(),
+            "test_time": seconds,
+            "gain": augmented.accuracy() - predictions.accuracy(),
+            "cost": seconds / test_time,
+        }
+        if process_started is not None:
+            log["total_time"] = time.time() - process_started
     run.write_test_log(log)  # first: once the figures are known, the look must be counted
     run.write_predictions("predictions.npz", **arrays)
     plots.confusion_matrix(
@@ -185,10 +234,29 @@ def _score(
     return log
 
 
-def make_task(recipe: Recipe, prepared: Prepared, device: torch.device) -> Task:
-    """The model, the images and the pipeline of a run, on the device. Raises RecipeError where they do not fit."""
+def make_task(recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None) -> Task:
+    """The network, the images and the pipelines of a run, on the device. Raises RecipeError where they do not fit."""
     store = _store(prepared.train, recipe, device)
-    model, pipeline, numbers = _network(recipe, prepared.classes, store, prepared.mean, prepared.std, device)
+    mean, std = prepared.mean, prepared.std
+    if weights is not None and weights.mean is not None and weights.std is not None:
+        mean, std = weights.mean, weights.std
+    numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
+    pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers)
+    pipelines = tuple(
+        (share, _pipeline(recipe, side, store.image_size, mean, std, device, numbers))
+        for share, side in recipe.train.resolutions
+    )
+    model = _model(recipe, len(prepared.classes), pipeline.output_size, weights, device, numbers)
+    network = _network(recipe, model, len(prepared.classes), pipeline.output_size, device, numbers)
+    average = None
+    if recipe.train.ema is not None:
+        from timm.utils.model_ema import ModelEmaV3  # half a second
+
+        ema = ModelEmaV3(model, decay=recipe.train.ema, use_warmup=True)
+        rest = ema.module
+        if network.frozen is not None and (parts := chain(rest)) is not None:
+            rest = parts.rest(recipe.model.freeze_stages)
+        average = Average(ema, Network(ema.module, rest, network.frozen, network.classes))
     validation_store = sample = None
     if prepared.validation is not None:
         shared = prepared.validation.images is prepared.train.images
@@ -196,7 +264,9 @@ def make_task(recipe: Recipe, prepared: Prepared, device: torch.device) -> Task:
         count = min(len(prepared.validation), len(prepared.train))
         sample = balanced_choice(prepared.train.images.labels, prepared.train.index, count, recipe.seed)
     return Task(
-        model=model,
+        network=network,
+        average=average,
+        pipelines=pipelines,
         pipeline=pipeline,
         numerics=numbers,
         store=store,
@@ -210,35 +280,67 @@ def make_task(recipe: Recipe, prepared: Prepared, device: torch.device) -> Task:
             "cifarlab": __version__,
             "recipe": recipe.to_dict(),
             "classes": list(prepared.classes),
-            "mean": list(prepared.mean),
-            "std": list(prepared.std),
+            "mean": list(mean),
+            "std": list(std),
         },
     )
 
 
-def _network(
+def _pipeline(
     recipe: Recipe,
-    classes: Sequence[str],
-    store: ImageStore,
+    side: int | None,
+    size: tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-) -> tuple[nn.Module, Pipeline, numerics.Numerics]:
-    """A freshly initialised model on the device, the pipeline that feeds it, and their numerics."""
-    numbers = numerics.exact(device, channels_last_on_cpu=network(recipe.model).channels_last_on_cpu)
-    pipeline = Pipeline(
-        size=store.image_size,
-        resolution=recipe.train.resolution,
+    numbers: numerics.Numerics,
+) -> Pipeline:
+    return Pipeline(
+        size=size,
+        resolution=side,
+        reference=recipe.train.last_resolution,
         interpolation=recipe.data.interpolation,
-        crop_padding=recipe.augment.crop_padding,
-        flip=recipe.augment.flip,
+        augment=recipe.augment,
         mean=mean,
         std=std,
         device=device,
         memory_format=numbers.memory_format,
     )
-    model = build_model(recipe.model, classes=len(classes), size=pipeline.output_size, seed=recipe.seed)
-    return model.to(device).to(memory_format=numbers.memory_format), pipeline, numbers
+
+
+def _model(
+    recipe: Recipe,
+    classes: int,
+    size: tuple[int, int],
+    weights: Weights | None,
+    device: torch.device,
+    numbers: numerics.Numerics,
+) -> nn.Module:
+    """The recipe's model on the device: freshly initialised, then with its pretrained weights, some of it frozen."""
+    model = build_model(recipe.model, classes=classes, size=size, seed=recipe.seed)
+    if weights is not None:
+        load_weights(model, recipe.model, weights)
+    freeze(model, recipe.model.freeze_stages)
+    return model.to(device).to(memory_format=numbers.memory_format)
+
+
+def _network(
+    recipe: Recipe,
+    model: nn.Module,
+    classes: int,
+    size: tuple[int, int],
+    device: torch.device,
+    numbers: numerics.Numerics,
+) -> Network:
+    """The model with its frozen stages apart, where they are to be cached and it can be taken apart."""
+    section = recipe.model
+    parts = verified_chain(model, size[0]) if section.freeze_stages and section.cache else None
+    if parts is None:
+        return Network(model, model, None, classes)
+    memory = machine.free_memory(device) // 2 if section.cache_memory is None else section.cache_memory * 1_000_000
+    dtype = torch.bfloat16 if section.cache == "bfloat16" else torch.float32
+    frozen = FrozenStages(parts.front(section.freeze_stages), dtype, memory, numbers.memory_format)
+    return Network(model, parts.rest(section.freeze_stages), frozen, classes)
 
 
 def _store(part: Part, recipe: Recipe, device: torch.device) -> ImageStore:
@@ -252,6 +354,8 @@ def _class_weights(recipe: Recipe, prepared: Prepared, device: torch.device) -> 
         return None
     counts = torch.from_numpy(prepared.train.labels).bincount(minlength=len(prepared.classes)).double()
     weights = torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 0.0)
+    # Outputs that are no class (model.head: keep) are nobody's label.
+    weights = torch.cat([weights, weights.new_ones(outputs(recipe.model, len(counts)) - len(counts))])
     return weights.float().to(device)
 
 
@@ -271,7 +375,9 @@ def _findings(prepared: Prepared) -> list[str]:
     ]
 
 
-def _environment(dataset: Dataset, prepared: Prepared, device: torch.device, task: Task) -> dict[str, Any]:
+def _environment(
+    dataset: Dataset, prepared: Prepared, device: torch.device, task: Task, weights: Weights | None
+) -> dict[str, Any]:
     return {
         "cifarlab": __version__,
         **machine.describe(device),
@@ -282,6 +388,9 @@ def _environment(dataset: Dataset, prepared: Prepared, device: torch.device, tas
             "compiled": False,
             "deterministic": task.numerics.deterministic,
         },
+        "weights": None
+        if weights is None
+        else {"source": weights.source, "path": str(weights.path), "sha256": weights.sha256},
         "git": _git_state(),
         "command": shlex.join(sys.argv),
         "data": {

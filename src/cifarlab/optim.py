@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cifarlab.errors import RecipeError
+from cifarlab.models.chain import head_parameters, layer_ids
 from cifarlab.recipe_optimizer import (
     AdamOptimizer,
     AdamWOptimizer,
     LionOptimizer,
+    MuonOptimizer,
     Optimizer,
     RMSpropOptimizer,
     SGDOptimizer,
@@ -23,13 +26,71 @@ from cifarlab.schedule import Values
 def parameter_groups(section: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
     """The trainable parameters in groups, each with its own `base_lr` and `weight_decay`.
 
-    The one place that says which parameter gets which learning rate and weight decay. Raises RecipeError where the
-    model has nothing to train.
+    The one place that says which parameter gets which learning rate and weight decay. With L the depth of the head and
+    i that of a parameter's layer, its learning rate is lr × layer_decay ** (L - i) (BEiT, arXiv 2106.08254); the
+    head's is `head_lr` where that is given. Parameters that have both in common are one group; groups and parameters
+    are in the order of the model. Muon's groups also say which of its two updates is theirs (`use_muon`).
+
+    Trainable is what requires a gradient now. So what is frozen for good (`chain.freeze`) must be frozen before, and
+    what is frozen for a while (`chain.freeze_backbone`) only after this. Raises RecipeError where the model has nothing
+    to train, or no known layers for `layer_decay`.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
+    depths = layer_ids(model) if section.layer_decay < 1 else {}
+    deepest = max(depths.values(), default=0)
+    head = head_parameters(model) if section.head_lr is not None or isinstance(section, MuonOptimizer) else frozenset()
+    spared = set() if section.decay_norms_and_biases else _without_decay(model)
+    matrices = _matrices(model, head) if isinstance(section, MuonOptimizer) else set()
+
+    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = section.lr * section.layer_decay ** (deepest - depths.get(name, deepest))
+        if isinstance(section, MuonOptimizer) and name not in matrices:
+            lr *= section.rest_lr_factor
+        if section.head_lr is not None and name in head:
+            lr = section.head_lr
+        key = (lr, 0.0 if name in spared else section.weight_decay, name in matrices)
+        groups.setdefault(key, []).append(parameter)
+    if not groups:
         raise RecipeError("the model has no trainable parameters: let the recipe leave some unfrozen")
-    return [{"params": parameters, "lr": section.lr, "base_lr": section.lr, "weight_decay": section.weight_decay}]
+    return [
+        {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
+        | (_muon_fields(is_matrix) if isinstance(section, MuonOptimizer) else {})
+        for (lr, weight_decay, is_matrix), parameters in groups.items()
+    ]
+
+
+def _without_decay(model: nn.Module) -> set[str]:
+    """The names of norms' and biases' parameters, and of those that a timm network itself says (its positions)."""
+    patterns: Iterable[str] = getattr(model, "no_weight_decay", set)()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def _matrices(model: nn.Module, head: Iterable[str]) -> set[str]:
+    """The names of the parameters that Muon makes orthogonal: matrices, and convolutions as (out, in × height × width).
+
+    Orthogonal is right for a map from all inputs to all outputs. Not so for the head, whose outputs are classes (as in
+    Jordan's Muon); for a grouped convolution, which is many small maps, and in the extreme, depthwise, one filter a
+    channel; for one row or column, where it would only fix the length; and for tables of positions and tokens, which
+    nothing is multiplied with, and which are the ones whose names don't end in "weight".
+    """
+    convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    grouped = {f"{name}.weight" for name, module in convolutions if module.groups > 1}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and min(parameter.shape[:2]) > 1 and name.endswith("weight")
+    } - (grouped | set(head))
+
+
+def _muon_fields(is_matrix: bool) -> dict[str, Any]:
+    # With Nesterov's momentum timm would take NAdamW for the rest; its eps is for matrices, not AdamW's.
+    return {"use_muon": True} if is_matrix else {"use_muon": False, "nesterov": False, "eps": 1e-8}
 
 
 def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -53,17 +114,31 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
             )
         case LionOptimizer():
             return Lion(groups, lr=section.lr, betas=section.betas)
+        case MuonOptimizer():
+            from timm.optim.muon import Muon
+
+            muon: torch.optim.Optimizer = Muon(
+                groups,
+                lr=section.lr,
+                momentum=section.momentum,
+                nesterov=section.nesterov,
+                ns_steps=section.ns_steps,
+                adjust_lr_fn="match_rms_adamw",
+                betas=section.betas,
+            )
+            return muon
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, values: Values) -> None:
     """Give every group its `base_lr` times the schedule's factor, and the momentum where the schedule moves it.
 
-    Momentum is the first of `betas` for optimizers that have them, as in PyTorch's `OneCycleLR`.
+    Momentum is the first of `betas` for optimizers that have them, as in PyTorch's `OneCycleLR`; for Muon's matrices,
+    whose groups have both, it is `momentum`.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * values.lr
         if values.momentum is not None:
-            if "betas" in group:
+            if "betas" in group and not group.get("use_muon"):
                 group["betas"] = (values.momentum, *group["betas"][1:])
             else:
                 group["momentum"] = values.momentum

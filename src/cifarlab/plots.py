@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Int64Array = NDArray[np.int64]
 
 # Okabe and Ito's colours, told apart with any colour vision.
-TRAINING, VALIDATION, BEST = "#0072B2", "#D55E00", "#009E73"
+TRAINING, VALIDATION, AVERAGED, BEST = "#0072B2", "#D55E00", "#CC79A7", "#009E73"
 DPI = 120
 ANNOTATED_CLASSES = 20  # up to here a cell has room for its count and its share
 NAMED_CLASSES = 200  # up to here a row has room for its class's name
@@ -47,6 +47,30 @@ def accuracy_curve(
     """The same as `loss_curve`, of `train_accuracy` and `val_accuracy`."""
     with _plain_style():
         _write(path, _curves(epochs, best_epoch, "accuracy", title=title, label="accuracy"))
+
+
+def learning_rate_curve(
+    path: Path, rates: Sequence[float], losses: Sequence[float], steepest: float | None, *, title: str
+) -> None:
+    """Write the smoothed loss over a rising learning rate as a PNG; `steepest` is marked. Raises StorageError."""
+    from matplotlib.figure import Figure
+
+    with _plain_style():
+        figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
+        axes = figure.subplots()
+        axes.semilogx(rates, losses, color=TRAINING, linewidth=1.8)
+        if steepest is not None:
+            loss = losses[list(rates).index(steepest)]
+            axes.plot([steepest], [loss], "o", color=BEST, markersize=9, label=f"falls fastest: {steepest:.1e}")
+            axes.legend(frameon=False)
+        lowest, highest = min(losses), max(losses[: max(1, len(losses) // 2)])
+        axes.set_ylim(lowest - 0.1 * (highest - lowest) - 1e-3, highest + 0.3 * (highest - lowest) + 1e-3)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("training loss, smoothed")
+        axes.set_title(f"Learning-rate test: {_printable(title)}")
+        axes.grid(color="0.88")
+        axes.set_axisbelow(True)
+        _write(path, figure)
 
 
 def confusion_matrix(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> None:
@@ -86,7 +110,12 @@ def _curves(
     numbers = [int(entry["epoch"]) for entry in epochs]
     marker = "o" if len(epochs) <= 30 else None
     drawn: list[float] = []
-    for part, name, colour in (("train", "training", TRAINING), ("val", "validation", VALIDATION)):
+    lines = (
+        ("train", "training", TRAINING),
+        ("val", "validation", VALIDATION),
+        ("ema_val", "validation, averaged weights", AVERAGED),
+    )
+    for part, name, colour in lines:
         heights = [_height(entry.get(f"{part}_{quantity}")) for entry in epochs]
         finite = [height for height in heights if math.isfinite(height)]
         if finite:
@@ -115,9 +144,17 @@ def _curves(
     return figure
 
 
+_VALIDATED = ("val", "ema_val")
+
+
 def _mark_best(axes: Axes, best: Mapping[str, Any], quantity: str) -> None:
     """A line and a diamond at the best epoch; its validation figure (training, without validation) in the legend."""
-    height = _height(best.get(f"val_{quantity}"))
+    # Of the weights and their average, best.pth holds the one that validates better.
+    validated = [
+        (_height(best.get(f"{part}_accuracy")), _height(best.get(f"{part}_{quantity}"))) for part in _VALIDATED
+    ]
+    finite = [pair for pair in validated if math.isfinite(pair[0])]
+    height = max(finite)[1] if finite else _height(best.get(f"val_{quantity}"))
     if not math.isfinite(height):
         height = _height(best.get(f"train_{quantity}"))
     if not math.isfinite(height):

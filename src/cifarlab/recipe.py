@@ -12,24 +12,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cifarlab import files
 from cifarlab.errors import RecipeError, nearest
-from cifarlab.recipe_base import Boolean, Duration, Integer, Real, Section
+from cifarlab.recipe_base import Duration, Integer, Section
 from cifarlab.recipe_optimizer import Optimizer
 from cifarlab.recipe_schedule import Schedule
+from cifarlab.recipe_sections import Augment, Data, Evaluate, Loss, Model, Train
 
 NAMED_DATASETS = ("cifar10", "cifar100", "digits")
 FOLDER_PREFIX = "folder:"
@@ -43,71 +36,6 @@ def check_dataset_name(name: str) -> str:
     if name.startswith(FOLDER_PREFIX):
         raise RecipeError("dataset 'folder:' names no path; write folder:PATH, the folder with one folder per class")
     raise RecipeError(f"unknown dataset '{name}'; {nearest(name, NAMED_DATASETS)} (or folder:PATH for your own images)")
-
-
-class Data(Section):
-    validation: Real = Field(0.1, ge=0, lt=1, description="share of the training set held out for validation; 0: none")
-    limit: Integer | None = Field(None, ge=1, description="train on a class-balanced cut of this many images")
-    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how a folder's image is made square")
-    interpolation: Literal["bilinear", "bicubic"] = Field(
-        "bilinear", description="how images are resized (antialiased)"
-    )
-    bad_files: Literal["refuse", "skip"] = Field("refuse", description="what to do with unreadable images of a folder")
-    memory: Integer | None = Field(
-        None,
-        ge=1,
-        description="MB that images may take on the device; more is streamed by workers; null: half the free",
-    )
-    workers: Integer = Field(2, ge=0, description="processes that stream a dataset over the memory budget")
-
-
-class Augment(Section):
-    crop_padding: Integer = Field(
-        0, ge=0, le=512, description="random crop after padding each side by so many black pixels"
-    )
-    flip: Literal["random"] | None = Field(None, description="random: mirror each image with probability 1/2")
-
-
-class Model(Section):
-    name: str = Field(description="the network")
-    pretrained: Literal[False] = Field(False, description="start from pretrained weights")
-    head: Literal["new"] = Field("new", description="new: a fresh last layer with one output a class")
-
-
-class Loss(Section):
-    label_smoothing: Real = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
-    class_weights: Literal["balanced"] | None = Field(
-        None, description="balanced: weigh each class by images / (classes x images of the class)"
-    )
-
-
-def _resolve_numerics(value: Any) -> Any:
-    # Until numerics are chosen by measurement, the choice is always the exact one.
-    return "exact" if value == "auto" else value
-
-
-def _whole(epochs: float) -> float:
-    # 50.0 is 50: the same recipe has one fingerprint.
-    return int(epochs) if epochs == int(epochs) else epochs
-
-
-class Train(Section):
-    epochs: Annotated[Integer | Real, AfterValidator(_whole)] = Field(
-        gt=0, description="passes over the training images"
-    )
-    batch_size: Integer = Field(128, ge=1, description="images in a step")
-    resolution: Integer | None = Field(None, ge=1, le=2048, description="resize images to this side; null: as they are")
-    checkpoint_every: Duration | None = Field(None, description="keep a checkpoint to go on from this often")
-    keep: Integer = Field(2, ge=1, description="how many of the latest checkpoints stay, besides the best")
-    numerics: Annotated[Literal["exact"], BeforeValidator(_resolve_numerics)] = Field(
-        "exact", description="exact: fp32, eager, deterministic; auto: the same, until it is chosen by measurement"
-    )
-
-
-class Evaluate(Section):
-    tta: None = Field(None, description="test-time augmentation")
-    test: Boolean = Field(True, description="score the test set once, at the end")
-    batch_size: Integer = Field(500, ge=1, description="images in an evaluation batch")
 
 
 class Recipe(Section):
@@ -146,6 +74,8 @@ class Recipe(Section):
     def _durations_can_be_kept(self) -> Self:
         if self.schedule.warmup is not None and self.schedule.warmup.minutes is not None:
             raise ValueError("schedule.warmup: minutes need a time budget; give epochs, steps or share")
+        if self.model.freeze_backbone is not None and self.model.freeze_backbone.minutes is not None:
+            raise ValueError("model.freeze_backbone: minutes need a time budget; give epochs, steps or share")
         every = self.train.checkpoint_every
         if every is not None and not any(every.model_dump().values()):
             raise ValueError("train.checkpoint_every: expected more than 0; null keeps no checkpoints")
@@ -159,12 +89,59 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_reads_validation_has_some(self) -> Self:
+        if self.data.validation == 0:
+            for field, asked in (
+                ("train.early_stopping", self.train.early_stopping is not None),
+                ("evaluate.tta 'auto'", self.evaluate.tta == "auto"),
+            ):
+                if asked:
+                    raise ValueError(f"{field} goes by validation accuracy, and data.validation is 0; set some apart")
+        return self
+
+    @model_validator(mode="after")
+    def _augmented_views_differ(self) -> Self:
+        if isinstance(self.evaluate.tta, int) and not self.augment.random:
+            raise ValueError(
+                f"evaluate.tta {self.evaluate.tta} averages augmented views, and the recipe has no augmentation; "
+                "give it some, such as augment.flip: random, or set evaluate.tta to flip or crops"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_features_are_not_mixed(self) -> Self:
+        if self.model.freeze_stages and self.model.cache and (self.loss.mixup or self.loss.cutmix):
+            raise ValueError(
+                "loss.mixup and loss.cutmix blend images, and model.cache keeps what frozen stages made of one image: "
+                "set model.cache to null, or mixup and cutmix to 0"
+            )
+        return self
+
     def resolved(self, *, dataset: str, seed: int) -> Recipe:
-        """The recipe of one run: one dataset (a folder by its absolute path), one seed. Raises RecipeError."""
+        """The recipe of one run: one dataset, one seed, folders and files by absolute paths. Raises RecipeError."""
         check_dataset_name(dataset)
         if dataset.startswith(FOLDER_PREFIX):
             dataset = FOLDER_PREFIX + str(files.expand(dataset.removeprefix(FOLDER_PREFIX)).absolute())
-        return make_recipe({**self.to_dict(), "datasets": [dataset], "seed": seed}, origin=f"recipe {self.name}")
+        values = {**self.to_dict(), "datasets": [dataset], "seed": seed}
+        if isinstance(self.model.pretrained, str):
+            values["model"] |= {"pretrained": str(files.expand(self.model.pretrained).absolute())}
+        return make_recipe(values, origin=f"recipe {self.name}")
+
+    @property
+    def evaluation_side(self) -> int | None:
+        """The side of images in evaluation; None: as they are."""
+        return self.evaluate.resolution or self.train.last_resolution
+
+    @property
+    def sides(self) -> tuple[int | None, ...]:
+        """The sides that the network sees, in training and evaluation, each once; None: images as they are."""
+        return tuple(dict.fromkeys([*(side for _, side in self.train.resolutions), self.evaluation_side]))
+
+    @property
+    def largest_side(self) -> int | None:
+        """The side that images need to be stored at; None: as they are."""
+        return max((side for side in self.sides if side is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (JSON types), in the order of the fields."""
@@ -182,8 +159,8 @@ class Recipe(Section):
 # How a run is named, stored and carried out; the result is the same whatever they are.
 _UNDECISIVE = frozenset(
     {
-        "name", "datasets", "seed", "data.memory", "data.workers", "train.checkpoint_every", "train.keep",
-        "evaluate.test", "evaluate.batch_size",
+        "name", "datasets", "seed", "data.memory", "data.workers", "model.cache_memory", "train.checkpoint_every",
+        "train.keep", "evaluate.test", "evaluate.batch_size",
     }
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cifarlab.recipe_base import Boolean, Real, Section
+from cifarlab.recipe_base import Boolean, Integer, Real, Section
 
 LearningRate = Annotated[Real, Field(gt=0, description="learning rate: the value that the schedule's factors multiply")]
 CoupledDecay = Annotated[Real, Field(ge=0, description="weight decay, added to the gradient (L2)")]
@@ -20,7 +20,22 @@ Beta = Annotated[Real, Field(ge=0, lt=1)]
 Epsilon = Annotated[Real, Field(gt=0, description="added to the denominator")]
 
 
-class SGDOptimizer(Section):
+class _Groups(Section):
+    """Which parameters get which learning rate and weight decay: fields that every optimizer has."""
+
+    layer_decay: Real = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="learning rate of a layer over that of the layer after it; the last has `lr`; 1: all have the same",
+    )
+    head_lr: Real | None = Field(default=None, gt=0, description="learning rate of the last layer; null: `lr`")
+    decay_norms_and_biases: Boolean = Field(
+        default=True, description="whether weight decay also acts on normalisation layers and biases"
+    )
+
+
+class SGDOptimizer(_Groups):
     """Stochastic gradient descent, with momentum, Nesterov's if asked."""
 
     name: Literal["sgd"] = Field(default="sgd", description="stochastic gradient descent")
@@ -36,7 +51,7 @@ class SGDOptimizer(Section):
         return self
 
 
-class AdamOptimizer(Section):
+class AdamOptimizer(_Groups):
     """Adam (arXiv 1412.6980); its weight decay is L2, a part of the gradient."""
 
     name: Literal["adam"] = Field(default="adam", description="Adam, with L2")
@@ -46,7 +61,7 @@ class AdamOptimizer(Section):
     weight_decay: CoupledDecay = 0.0
 
 
-class AdamWOptimizer(Section):
+class AdamWOptimizer(_Groups):
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
     name: Literal["adamw"] = Field(default="adamw", description="Adam, with decoupled weight decay")
@@ -56,7 +71,7 @@ class AdamWOptimizer(Section):
     weight_decay: DecoupledDecay = 0.01
 
 
-class RMSpropOptimizer(Section):
+class RMSpropOptimizer(_Groups):
     """RMSprop (Hinton's lecture 6e), PyTorch's: eps is added after the square root."""
 
     name: Literal["rmsprop"] = Field(default="rmsprop", description="RMSprop")
@@ -67,7 +82,7 @@ class RMSpropOptimizer(Section):
     weight_decay: CoupledDecay = 0.0
 
 
-class LionOptimizer(Section):
+class LionOptimizer(_Groups):
     """Lion (arXiv 2302.06675); its learning rate is a third to a tenth of AdamW's, its weight decay as much larger."""
 
     name: Literal["lion"] = Field(default="lion", description="Lion: the sign of a momentum")
@@ -76,6 +91,26 @@ class LionOptimizer(Section):
     weight_decay: DecoupledDecay = 0.0
 
 
+class MuonOptimizer(_Groups):
+    """Muon (Keller Jordan 2024): the momentum of matrices and convolutions, made orthogonal. AdamW for the rest.
+
+    timm's, with the learning rate adjusted to AdamW's scale ("match_rms_adamw", arXiv 2502.16982), so that one rate
+    and one decay fit both kinds of parameters.
+    """
+
+    name: Literal["muon"] = Field(default="muon", description="orthogonal momentum for matrices, AdamW for the rest")
+    lr: LearningRate
+    momentum: Real = Field(default=0.95, ge=0, lt=1, description="share of the last step that goes into the next")
+    nesterov: Boolean = Field(default=True, description="Nesterov's momentum")
+    ns_steps: Integer = Field(default=5, ge=1, le=20, description="Newton-Schulz iterations a step")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's, for the rest")
+    rest_lr_factor: Real = Field(
+        default=1.0, gt=0, description="AdamW's learning rate over `lr`, for what is no matrix and for the head"
+    )
+    weight_decay: DecoupledDecay = 0.0
+
+
 Optimizer = Annotated[
-    SGDOptimizer | AdamOptimizer | AdamWOptimizer | RMSpropOptimizer | LionOptimizer, Field(discriminator="name")
+    SGDOptimizer | AdamOptimizer | AdamWOptimizer | RMSpropOptimizer | LionOptimizer | MuonOptimizer,
+    Field(discriminator="name"),
 ]

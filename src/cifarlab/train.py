@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,17 @@ from torch.nn import functional as F
 
 from cifarlab import files, machine
 from cifarlab.data.augment import Pipeline
-from cifarlab.data.batches import ImageStore, epoch_order
+from cifarlab.data.batches import ImageStore, epoch_order, in_batches
+from cifarlab.data.mixing import mix
 from cifarlab.errors import DivergedError, RunError
-from cifarlab.evaluate import predict
+from cifarlab.evaluate import Network, Predictions, Tta, choose_tta, predict
+from cifarlab.features import Source
 from cifarlab.models import parameter_count
+from cifarlab.models.chain import freeze_backbone, set_mode
 from cifarlab.numerics import Numerics
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
+from cifarlab.recipe_sections import Augment
 from cifarlab.rundir import RunFolder
 from cifarlab.schedule import values as schedule_values
 from cifarlab.seeds import derive_seed
@@ -36,16 +41,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """What there is to train: a model on its device, the images, and which of them are for what.
+class Average:
+    """An exponential moving average of a network's weights and buffers, and the network that has them.
 
+    At step t, from 0 on, it keeps the share min(decay, 1 - (1 + t)^(-2/3)), so that the beginning of a short run is forgotten.
+    """
+
+    ema: Any  # timm.utils.ModelEmaV3
+    network: Network
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What there is to train: a network on its device, the images, and which of them are for what.
+
+    average: where the recipe asks for one. pipelines: from
+    which share of the run on images come in which way; the resolution may grow. pipeline: how they come in evaluation.
     train, validation, train_sample: int64 (K,) on the CPU, sample indices into their stores. `train_sample` is the
     class-balanced part of the training images, as large as the validation set, that overfitting is measured on.
-    class_weights: float32 (classes,) on the device. `description` is what a checkpoint carries besides the loop's
+    class_weights: float32 (outputs,) on the device. `description` is what a checkpoint carries besides the loop's
     state, so that it can be used on its own.
     """
 
-    model: nn.Module
+    network: Network
+    average: Average | None
+    pipelines: tuple[tuple[float, Pipeline], ...]
     pipeline: Pipeline
     numerics: Numerics
     store: ImageStore
@@ -56,6 +76,19 @@ class Task:
     class_weights: Tensor | None
     device: torch.device
     description: dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """inputs: what the part of the network that trains takes, float32 (B, …). labels: int64 (B,).
+
+    partners: int64 (B,), the labels of the images mixed in, and share: float32 (B,), the weight of the own label; None
+    where nothing is mixed.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    partners: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +151,14 @@ class EpochSums:
         self.images = 0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
-        """loss: the batch's (weighted) mean; logits (B, K); labels int64 (B,)."""
+    def add(self, step: int, loss: Tensor, logits: Tensor, batch: Batch, class_weights: Tensor | None) -> None:
+        """loss: the batch's (weighted) mean; logits (B, K). A mixed image's label is the one with more weight."""
         loss = loss.detach()
-        weight = len(labels) if class_weights is None else class_weights[labels].sum()
-        self.loss += loss * weight
-        self.weight += weight
+        labels = batch.labels
+        if batch.partners is not None and batch.share is not None:
+            labels = torch.where(batch.share >= 0.5, labels, batch.partners)
+        self.loss += loss * total_weight(batch, class_weights)
+        self.weight += total_weight(batch, class_weights)
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.images += len(labels)
         self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step)
@@ -166,13 +201,20 @@ def train(
     process_started: the `time.time()` that `wall_time` counts from. The model ends with the weights of best.pth.
     Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written.
     """
-    model, section, schedule = task.model, recipe.train, recipe.schedule
+    network, section, schedule = task.network, recipe.train, recipe.schedule
+    model = network.model
+    stages = recipe.model.freeze_stages
     optimizer = build_optimizer(recipe.optimizer, model)
-    steps_per_epoch = math.ceil(len(task.train) / section.batch_size)
+    average = task.average
+    steps_per_epoch = len(in_batches(task.train, section.batch_size))
     total_steps = max(1, round(section.epochs * steps_per_epoch))
     warmup_share = schedule.warmup.share_of(total_steps, steps_per_epoch) if schedule.warmup else 0.0
+    thaw = recipe.model.freeze_backbone
+    thaw_step = thaw.in_steps(total_steps, steps_per_epoch) if thaw else 0
 
     step = images = saved_step = 0
+    last_step = total_steps  # early stopping lowers it
+    lr = 0.0
     epoch_began = saved_at = 0.0  # seconds of training time
     sums = EpochSums(task.device)
     epochs: list[dict[str, Any]] = []
@@ -189,7 +231,10 @@ def train(
         "epochs": epochs,
         "best_epoch": None,
         "best_val_accuracy": None,
+        "best_weights": None,
+        "stopped_early": False,
         "overfitting_gap": None,
+        "tta": None,
     }
 
     def write_log(status: str) -> None:
@@ -197,17 +242,18 @@ def train(
         log["finished"] = None if status == "running" else _now()
         log["best_epoch"] = best["epoch"] if best else None
         log["best_val_accuracy"] = best["val_accuracy"] if best else None
+        log["best_weights"] = best["weights"] if best else None
         log["train_time"] = clock.seconds
         log["wall_time"] = time.time() - process_started
         log["images_per_second"] = images / clock.seconds if clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
         run.write_train_log(log)
 
-    def save(name: str, **state: Any) -> None:
+    def save(name: str, module: nn.Module, **state: Any) -> None:
         # A gradient can overflow while the loss it came from is finite.
-        if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        if not all(torch.isfinite(value).all() for value in module.state_dict().values()):
             raise DivergedError(_diverged(f"the weights became NaN or infinite by step {step}", run))
-        run.save_checkpoint(name, {**task.description, "step": step, "model": model.state_dict(), **state})
+        run.save_checkpoint(name, {**task.description, "step": step, "model": module.state_dict(), **state})
 
     def save_to_go_on(name: str) -> None:
         nonlocal saved_step, saved_at
@@ -216,6 +262,8 @@ def train(
         saved_step, saved_at = step, clock.seconds
         save(
             name,
+            model,
+            average=average.network.model.state_dict() if average is not None else None,
             optimizer=optimizer.state_dict(),
             epochs=epochs,
             best=best,
@@ -226,8 +274,9 @@ def train(
         )
         run.keep_latest(section.keep)
 
-    model.train()
-    batches = _batches(recipe, task, step)
+    freeze_backbone(model, stages, frozen=step < thaw_step)
+    set_mode(model, stages, backbone=step < thaw_step)
+    batches = make_batches(recipe, task, step, total_steps)
     began = time.perf_counter()
     write_log("running")
     with _board(run) as board, stop.listen():
@@ -237,20 +286,27 @@ def train(
                 clock.stop()
                 _refuse_bad_loss(sums, steps_per_epoch, run)
                 train_loss, train_accuracy = sums.means()
-                val_loss, val_accuracy = _validate(task, recipe)
+                val_loss, val_accuracy = _validate(network, task, recipe)
+                ema_val_loss, ema_val_accuracy = _validate(average.network if average else None, task, recipe)
                 entry = {
                     "epoch": len(epochs) + 1,
                     "train_loss": train_loss,
                     "train_accuracy": train_accuracy,
                     "val_loss": val_loss,
                     "val_accuracy": val_accuracy,
-                    "lr": optimizer.param_groups[0]["lr"],
+                    "ema_val_loss": ema_val_loss,
+                    "ema_val_accuracy": ema_val_accuracy,
+                    "lr": lr,
                     "seconds": clock.seconds - epoch_began,
                 }
                 epochs.append(entry)
-                if _is_better(entry, best) if task.validation is not None else step == total_steps:
-                    best = entry
-                    save("best.pth", epoch=entry["epoch"], val_loss=val_loss, val_accuracy=val_accuracy)
+                candidate = _candidate(entry, last=step == total_steps, averaged=average is not None)
+                if candidate is not None and (task.validation is None or _is_better(candidate, best)):
+                    best = candidate
+                    save("best.pth", average.network.model if average and best["weights"] == "ema" else model, **best)
+                if best and section.early_stopping and len(epochs) - best["epoch"] >= section.early_stopping:
+                    log["stopped_early"] = step < total_steps
+                    last_step = step
                 _write_scalars(board, entry, step)
                 write_log("running")
                 display.epoch(entry, section.epochs)
@@ -261,7 +317,7 @@ def train(
             name = _checkpoint_due(recipe, step, saved_step, clock.seconds - saved_at, total_steps, steps_per_epoch)
             if name:
                 save_to_go_on(name)
-            if step == total_steps:
+            if step == last_step:
                 break
             if stop.signal is not None:
                 if step > saved_step:
@@ -272,7 +328,10 @@ def train(
 
             # Step.
             clock.start()
-            pixels, labels = next(batches)
+            if step == thaw_step > 0:
+                freeze_backbone(model, stages, frozen=False)
+                set_mode(model, stages, backbone=False)
+            batch = next(batches)
             values = schedule_values(
                 schedule,
                 share=step / total_steps,
@@ -282,17 +341,18 @@ def train(
                 val_losses=[math.nan if e["val_loss"] is None else e["val_loss"] for e in epochs],
             )
             set_learning_rate(optimizer, values)
+            lr = recipe.optimizer.lr * values.lr
             torch.manual_seed(derive_seed(recipe.seed, "step", step))  # what dropout draws from
-            logits = model(pixels)
-            loss = F.cross_entropy(
-                logits, labels, weight=task.class_weights, label_smoothing=recipe.loss.label_smoothing
-            )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss, logits = backward(recipe, task, batch)
+            if section.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), section.clip_grad_norm)
             optimizer.step()
-            sums.add(step, loss, logits, labels, task.class_weights)
             step += 1
-            images += len(labels)
+            if average is not None:
+                average.ema.update(model, step)
+            sums.add(step - 1, loss, logits, batch, task.class_weights)
+            images += len(batch.labels)
 
             # Log.
             if display.due():
@@ -314,12 +374,15 @@ def train(
     if best is None:
         raise DivergedError(f"the validation loss was never finite, in {run.path}; try a lower optimizer.lr")
     model.load_state_dict(run.load_checkpoint("best.pth")["model"])
-    if task.validation_store and task.validation is not None and task.train_sample is not None:
-        batch_size = recipe.evaluate.batch_size
-        validation = predict(model, task.validation_store, task.validation, task.pipeline, batch_size)
-        sample = predict(model, task.store, task.train_sample, task.pipeline, batch_size)
+    if task.validation is not None and task.train_sample is not None:
+        validation = validate(network, task, recipe)
+        sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch_size)
         run.write_predictions("validation_predictions.npz", **validation.arrays())
         log["overfitting_gap"] = sample.accuracy() - validation.accuracy()
+        if recipe.evaluate.tta is not None:
+            log["tta"] = choose_tta(
+                recipe.evaluate.tta, validation, lambda mode: validate(network, task, recipe, tta=mode)
+            )
     write_log("finished")
 
 
@@ -335,33 +398,151 @@ def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | Non
         run.write_train_log({**log, "error": reason} if reason else log)
 
 
-def _batches(recipe: Recipe, task: Task, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images, float32 (B, 3, H, W), and labels, int64 (B,), from `step` on, without end."""
-    batch_size = recipe.train.batch_size
-    steps_per_epoch = math.ceil(len(task.train) / batch_size)
+def make_batches(recipe: Recipe, task: Task, step: int, total_steps: int) -> Iterator[Batch]:
+    """What each step trains on, from `step` on, without end: images augmented and mixed, frozen stages behind them."""
+    batch_size, network = recipe.train.batch_size, task.network
+    steps_per_epoch = len(in_batches(task.train, batch_size))
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         order = epoch_order(task.train, recipe.seed, epoch)[done * batch_size :]
         draws = task.pipeline.draw(recipe.seed, epoch, len(task.store))
-        for batch in task.store.batches(order, batch_size):
-            yield task.pipeline.train(batch.pixels, batch.samples, draws), batch.labels
+        version = _version(recipe.augment, epoch)
+        for found in task.store.batches(order, batch_size):
+            pipeline = next(p for share, p in reversed(task.pipelines) if step >= share * total_steps)
+            if network.frozen is not None:
+                source = Source("train", pipeline.output_size[0], version) if version is not None else None
+                augmented = partial(pipeline.train, found.pixels, found.samples, draws)
+                inputs = network.frozen(augmented, found.samples, source, len(task.store), len(task.train))
+                yield Batch(inputs, found.labels)
+            elif recipe.loss.mixup or recipe.loss.cutmix:
+                pixels = pipeline.train(found.pixels, found.samples, draws)
+                mixed = mix(
+                    pixels,
+                    found.labels,
+                    mixup=recipe.loss.mixup,
+                    cutmix=recipe.loss.cutmix,
+                    seed=recipe.seed,
+                    step=step,
+                )
+                yield Batch(mixed.pixels, found.labels, mixed.partners, mixed.share)
+            else:
+                yield Batch(pipeline.train(found.pixels, found.samples, draws), found.labels)
             step += 1
 
 
-def _validate(task: Task, recipe: Recipe) -> tuple[float | None, float | None]:
+def _version(augment: Augment, epoch: int) -> int | None:
+    """Which version of its images an epoch shows; None where it will not come again."""
+    if not augment.random:
+        return 0
+    return epoch % augment.views if augment.views is not None else None
+
+
+def backward(recipe: Recipe, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Add the gradients of the batch's mean loss, in `train.accumulate` parts.
+
+    Returns the loss, a scalar, and the logits of the classes, float32 (B, K), both without a graph.
+    """
+    part_size = math.ceil(recipe.train.batch_size / recipe.train.accumulate)
+    whole = total_weight(batch, task.class_weights)
+    total = torch.zeros((), device=batch.labels.device)
+    outputs = []
+    parts = in_batches(torch.arange(len(batch.labels)), part_size)
+    for rows in parts:
+        part = batch if len(parts) == 1 else _rows(batch, int(rows[0]), int(rows[-1]) + 1)
+        logits = task.network.rest(part.inputs)
+        loss = _loss(logits, part, task.class_weights, recipe.loss.label_smoothing)
+        if part is not batch:
+            loss = loss * (total_weight(part, task.class_weights) / whole)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+        outputs.append(logits.detach()[:, : task.network.classes])
+    return total, torch.cat(outputs)
+
+
+def _rows(batch: Batch, begin: int, end: int) -> Batch:
+    return Batch(
+        batch.inputs[begin:end],
+        batch.labels[begin:end],
+        batch.partners[begin:end] if batch.partners is not None else None,
+        batch.share[begin:end] if batch.share is not None else None,
+    )
+
+
+def _loss(logits: Tensor, batch: Batch, class_weights: Tensor | None, label_smoothing: float) -> Tensor:
+    """Mean cross-entropy over the batch, weighted by class; a mixed image's is the mixture of its two labels'."""
+    if batch.partners is None or batch.share is None:
+        return F.cross_entropy(logits, batch.labels, weight=class_weights, label_smoothing=label_smoothing)
+    own, other = (
+        F.cross_entropy(logits, labels, weight=class_weights, label_smoothing=label_smoothing, reduction="none")
+        for labels in (batch.labels, batch.partners)
+    )
+    return (batch.share * own + (1 - batch.share) * other).sum() / total_weight(batch, class_weights)
+
+
+def total_weight(batch: Batch, class_weights: Tensor | None) -> Tensor | int:
+    """What a batch counts for in a mean: its images, or the sum of their class weights."""
+    if class_weights is None:
+        return len(batch.labels)
+    own = class_weights[batch.labels]
+    if batch.partners is None or batch.share is None:
+        return own.sum()
+    return (batch.share * own + (1 - batch.share) * class_weights[batch.partners]).sum()
+
+
+def validate(network: Network, task: Task, recipe: Recipe, tta: Tta = None) -> Predictions:
+    """Predictions of the validation images, of which there are some."""
+    assert task.validation_store is not None
+    assert task.validation is not None
+    return predict(
+        network,
+        task.validation_store,
+        task.validation,
+        task.pipeline,
+        recipe.evaluate.batch_size,
+        tta=tta,
+        seed=recipe.seed,
+        remember="validation",
+    )
+
+
+def _validate(network: Network | None, task: Task, recipe: Recipe) -> tuple[float | None, float | None]:
     """Loss and accuracy on the validation images; None where there are none, and for a loss that is not finite."""
-    if task.validation_store is None or task.validation is None:
+    if network is None or task.validation is None:
         return None, None
-    predictions = predict(task.model, task.validation_store, task.validation, task.pipeline, recipe.evaluate.batch_size)
+    predictions = validate(network, task, recipe)
     loss = predictions.loss()
     return (loss if math.isfinite(loss) else None), predictions.accuracy()
 
 
-def _is_better(entry: dict[str, Any], best: dict[str, Any] | None) -> bool:
+def _candidate(entry: dict[str, Any], *, last: bool, averaged: bool) -> dict[str, Any] | None:
+    """What an epoch offers for best.pth: the weights or their moving average, whichever validates better.
+
+    Without validation images only the end of the run offers something: the average, where there is one.
+    """
+    epoch = entry["epoch"]
+    if entry["val_accuracy"] is None:
+        weights = "ema" if averaged else "raw"
+        return {"epoch": epoch, "val_loss": None, "val_accuracy": None, "weights": weights} if last else None
+    candidates = [
+        {"epoch": epoch, "val_loss": entry[f"{prefix}val_loss"], "val_accuracy": accuracy, "weights": weights}
+        for prefix, weights in (("", "raw"), ("ema_", "ema"))
+        if (accuracy := entry[f"{prefix}val_accuracy"]) is not None
+    ]
+    best = None
+    for candidate in candidates:
+        if _is_better(candidate, best):
+            best = candidate
+    return best
+
+
+def _is_better(candidate: dict[str, Any], best: dict[str, Any] | None) -> bool:
     """Higher validation accuracy; at a tie, lower loss. A score whose loss is not finite is never the best."""
-    if entry["val_loss"] is None:
+    if candidate["val_loss"] is None:
         return False
-    return best is None or (entry["val_accuracy"], -entry["val_loss"]) > (best["val_accuracy"], -best["val_loss"])
+    return best is None or (candidate["val_accuracy"], -candidate["val_loss"]) > (
+        best["val_accuracy"],
+        -best["val_loss"],
+    )
 
 
 def _checkpoint_due(
@@ -409,6 +590,8 @@ def _write_scalars(board: SummaryWriter, entry: dict[str, Any], step: int) -> No
         "loss/validation": entry["val_loss"],
         "accuracy/train": entry["train_accuracy"],
         "accuracy/validation": entry["val_accuracy"],
+        "loss/validation of the moving average": entry["ema_val_loss"],
+        "accuracy/validation of the moving average": entry["ema_val_accuracy"],
         "lr": entry["lr"],
         "seconds": entry["seconds"],
     }

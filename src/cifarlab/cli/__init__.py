@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cifarlab import __version__
-from cifarlab.cli.common import DataOption, SetOption, make_console, say
+from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
 from cifarlab.cli.data import data_app
+from cifarlab.cli.lr_find import lr_find
+from cifarlab.cli.models import models
 from cifarlab.errors import CifarlabError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -31,9 +33,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.command("lr-find")(lr_find)
 
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 RUNS = Path("runs")
+TtaOption = Annotated[
+    str | None,
+    typer.Option("--tta", metavar="MODE", help="Test-time augmentation: flip, crops, a number of views, auto, none."),
+]
 
 
 def main() -> None:
@@ -94,6 +100,7 @@ def run(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Run with N seeds: the recipe's, and those after it.")
     ] = None,
+    tta: TtaOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train and test a recipe; leaves a run folder for each dataset and seed.
@@ -108,7 +115,7 @@ def run(
 
     if seed is not None and seeds is not None:
         raise UsageError("give --seed N (one run with that seed) or --seeds N (N runs), not both")
-    plan = load_recipe(recipe, set_ or [])
+    plan = load_recipe(recipe, [*(set_ or []), *_tta_override(tta)])
     first = plan.seed if seed is None else seed
     plans = [
         plan.resolved(dataset=name, seed=number)
@@ -116,6 +123,11 @@ def run(
         for number in range(first, first + (seeds or 1))
     ]
     _run_all(plans, data, runs, device)
+
+
+def _tta_override(tta: str | None) -> list[str]:
+    """`--tta flip` as `--set evaluate.tta=flip`."""
+    return [] if tta is None else [f"evaluate.tta={'null' if tta == 'none' else tta}"]
 
 
 def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: str) -> None:
@@ -240,6 +252,7 @@ def show(
 def test(
     run: Annotated[Path, typer.Argument(readable=False, help="A run folder.")],
     data: DataOption = None,
+    tta: TtaOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Score a run's best checkpoint on the test set again. The look is counted in its test.json."""
@@ -255,6 +268,7 @@ def test(
         data_folder=data,
         device=machine.choose_device(device),
         report=say,
+        override=_tta_override(tta),
     )
     print_scores(console, log)
 
@@ -286,6 +300,9 @@ def compare(
         return
     forms = {"markdown": comparison.to_markdown, "csv": comparison.to_csv, "json": comparison.to_json}
     sys.stdout.write(forms[format_.value](rows))
+
+
+app.command()(models)
 
 
 if __name__ == "__main__":

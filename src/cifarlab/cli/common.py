@@ -26,6 +26,8 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set train.epochs=2.")
 ]
 
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+
 
 def say(text: str) -> None:
     """Print a line."""

@@ -28,19 +28,20 @@ def fetch(
 
     Example: cifarlab data fetch cifar10 --data ~/datasets
     """
-    from cifarlab.data import download
+    from cifarlab.data import cifar_download
     from cifarlab.data.cifar import read_cifar
+    from cifarlab.download import cache_folder
     from cifarlab.errors import nearest
 
     names = dataset or DOWNLOADED
     for name in names:
         if name not in DOWNLOADED:
             raise UsageError(f"'{name}' can't be downloaded; {nearest(name, DOWNLOADED)}")
-    folder = data or download.cache_folder()
+    folder = data or cache_folder()
     for name in names:
         found = read_cifar(name, folder)
         if found is None:
-            download.fetch(name, folder, report=say)
+            cifar_download.fetch(name, folder, report=say)
             found = read_cifar(name, folder)
         if found is not None:
             say(f"{name}: {found.source}")
@@ -57,7 +58,7 @@ def info(
     Example: cifarlab data info folder:~/pictures --set data.bad_files=skip
     """
     from cifarlab.data.cifar import expected_files, read_cifar
-    from cifarlab.data.download import cache_folder
+    from cifarlab.download import cache_folder
     from cifarlab.recipe import NAMED_DATASETS
 
     folder = data or cache_folder()
@@ -107,7 +108,7 @@ def check(
 def _check(name: str, found: Dataset, threshold: float | None, pictures: Path | None) -> None:
     from cifarlab.data.leaks import THRESHOLD, near_duplicates, pair_sheet, pixel_hashes, twins
     from cifarlab.data.prepare import prepare
-    from cifarlab.recipe import Data
+    from cifarlab.recipe_sections import Data
 
     # No validation set is split off: it will come out of the training images, whichever they are.
     sides = prepare(found, Data(validation=0), seed=0)
@@ -151,4 +152,4 @@ def _load(name: str, folder: Path | None, overrides: list[str] | None) -> Datase
     from cifarlab.recipe import load_recipe
 
     recipe = load_recipe("ex1", overrides or [])
-    return load_dataset(name, recipe.data, recipe.train.resolution, folder, say)
+    return load_dataset(name, recipe.data, recipe.largest_side, folder, say)

@@ -66,6 +66,8 @@ class RunDisplay:
     def epoch(self, entry: dict[str, Any], epochs: float) -> None:
         if entry["val_accuracy"] is not None:
             self._validated = f"  validation {entry['val_accuracy']:.2%}"
+            if entry["ema_val_accuracy"] is not None:
+                self._validated += f", average {entry['ema_val_accuracy']:.2%}"
         if not self._live:
             self._next = time.monotonic() + self._pause
             loss = "" if entry["val_loss"] is None else f" (loss {entry['val_loss']:.4f})"

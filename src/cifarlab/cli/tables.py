@@ -54,7 +54,7 @@ def print_layers(console: Console, recipe: Recipe, classes: int, size: int) -> N
 
     from cifarlab.models import build_model
 
-    side = recipe.train.resolution or size
+    side = recipe.evaluation_side or size
     model = build_model(recipe.model, classes=classes, size=(side, side), seed=recipe.seed)
     summary = torchinfo.summary(model, input_size=(1, 3, side, side), device="cpu", verbose=0)
     table = Table(title=f"{recipe.model.name}: {classes} classes, one image of 3x{side}x{side}", title_justify="left")

@@ -68,8 +68,8 @@ class ImageStore:
         return self.pixels.shape[2], self.pixels.shape[3]
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Batch]:
-        """The images at `order` (int64 (K,), on the CPU), in that order; the last batch may be short."""
-        parts = torch.split(order, batch_size)
+        """The images at `order` (int64 (K,), on the CPU), in that order, as `in_batches` divides it."""
+        parts = in_batches(order, batch_size)
         if isinstance(self.pixels, Tensor):
             for samples in (part.to(self.device) for part in parts):
                 yield Batch(self.pixels[samples], self.labels[samples], samples)
@@ -91,6 +91,17 @@ class ImageStore:
             if (died := reader_died(error)) is None:
                 raise
             raise died from error
+
+
+def in_batches(order: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """`order` (K,) in batches. The last may be short; a last one of a single image joins the batch before.
+
+    BatchNorm in training needs more than one value of a channel, and deep networks end at 1x1 on small images.
+    """
+    parts = torch.split(order, batch_size)
+    if len(parts) > 1 and len(parts[-1]) == 1 < batch_size:
+        parts = (*parts[:-2], torch.cat(parts[-2:]))
+    return parts
 
 
 def epoch_order(samples: Tensor, seed: int, epoch: int) -> Tensor:

@@ -13,7 +13,7 @@ from cifarlab.data.dataset import Dataset, Images, Int64Array
 from cifarlab.data.leaks import Hashed, duplicate_groups, leak_report, pixel_hashes, twins
 from cifarlab.data.split import balanced_limit, stratified_split
 from cifarlab.errors import DataError
-from cifarlab.recipe import Data
+from cifarlab.recipe_sections import Data
 
 TEST_SHARE = 0.2
 # Pixels read at a time, so that a memory map larger than memory can be measured; large images count as well.

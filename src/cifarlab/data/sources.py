@@ -6,14 +6,15 @@ import dataclasses
 from pathlib import Path
 
 from cifarlab import files, machine
-from cifarlab.data import download
 from cifarlab.data.cifar import DATASETS, read_cifar
+from cifarlab.data.cifar_download import fetch
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.digits import read_digits
-from cifarlab.data.download import Report
 from cifarlab.data.folder import folder_classes, read_folder
+from cifarlab.download import Report, cache_folder
 from cifarlab.errors import DataError
-from cifarlab.recipe import FOLDER_PREFIX, Data, check_dataset_name
+from cifarlab.recipe import FOLDER_PREFIX, check_dataset_name
+from cifarlab.recipe_sections import Data
 
 DEFAULT_FOLDER_SIZE = 32
 
@@ -36,17 +37,17 @@ def load_dataset(name: str, section: Data, resolution: int | None, folder: Path 
             interpolation=section.interpolation,
             bad_files=section.bad_files,
             memory_limit=machine.available_memory() // 2 if section.memory is None else section.memory * 1_000_000,
-            cache=download.cache_folder(),
+            cache=cache_folder(),
         )
     if folder is not None and not files.is_folder(folder):
         raise DataError(
             f"{folder} is not a folder; --data names the folder that holds cifar-10-batches-py and its like "
             f"('cifarlab data fetch {name} --data {folder}' makes it)"
         )
-    place = folder or download.cache_folder()
+    place = folder or cache_folder()
     dataset = read_cifar(name, place)
     if dataset is None:
-        download.fetch(name, place, report=report)
+        fetch(name, place, report=report)
         dataset = read_cifar(name, place)
     if dataset is None:
         raise DataError(f"{name} was downloaded to {place}, and isn't there; was it removed?")

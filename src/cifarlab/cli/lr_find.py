@@ -1,0 +1,61 @@
+"""`cifarlab lr-find`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
+
+
+def lr_find(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name ('cifarlab recipes' lists them) or a YAML file.")],
+    dataset: Annotated[str | None, typer.Option(help="The dataset. [default: the recipe's first]")] = None,
+    data: DataOption = None,
+    set_: SetOption = None,
+    low: Annotated[float, typer.Option("--from", help="Learning rate to begin with.")] = 1e-6,
+    high: Annotated[float, typer.Option("--to", help="Learning rate to end with.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
+    out: Annotated[Path, typer.Option(readable=False, help="Where the picture goes.")] = Path("lr-find.png"),
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a few steps while the learning rate rises, and show where the loss falls fastest (Smith 2015).
+
+    Example: cifarlab lr-find ex4-lite0 --dataset cifar10
+    """
+    from cifarlab import machine
+
+    machine.keep_memory()
+    from cifarlab import plots
+    from cifarlab.data.prepare import prepare
+    from cifarlab.experiment import check_plans, load, make_task
+    from cifarlab.lr_find import learning_rate_test
+    from cifarlab.models.weights import find_weights
+    from cifarlab.recipe import load_recipe
+
+    plan = load_recipe(recipe, set_ or [])
+    plan = plan.resolved(dataset=dataset or plan.datasets[0], seed=plan.seed)
+    place = machine.choose_device(device)
+    check_plans([plan], out.parent)
+    weights = find_weights(plan.model, say)
+    task = make_task(plan, prepare(load(plan, data, say), plan.data, plan.seed), place, weights)
+    with make_console().status("learning-rate test") as status:
+        test = learning_rate_test(
+            plan,
+            task,
+            low=low,
+            high=high,
+            steps=steps,
+            progress=lambda step, rate, loss: status.update(f"step {step}/{steps}  lr {rate:.2e}  loss {loss:.4f}"),
+        )
+    plots.learning_rate_curve(out, test.rates, test.losses, test.steepest, title=f"{plan.name} on {plan.datasets[0]}")
+    if test.steepest is None or test.tenth is None:
+        say(f"the loss never fell between {low:g} and {test.rates[-1]:g}; try a lower --from, or more --steps")
+    else:
+        say(
+            f"the loss falls fastest at a learning rate of {test.steepest:.1e}; a tenth of the lowest: {test.tenth:.1e}"
+        )
+        say(f"to use it: cifarlab run {recipe} --set optimizer.lr={test.steepest:.1e}")
+    say(f"picture: {out}")

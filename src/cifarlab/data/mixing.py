@@ -1,0 +1,57 @@
+"""Mixup and CutMix: training images blended with, or pasted into, one another, and the labels with them.
+
+Each image has its own share and box, where timm and torchvision draw one for the whole batch (timm: unless its mode is
+`elem`), and so do the papers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cifarlab.data.color import rectangles
+from cifarlab.seeds import derive_seed
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """pixels: float32 (B, 3, H, W). partners: int64 (B,), the labels of the images that were mixed in. share: float32
+    (B,), the weight of an image's own label; its partner's has the rest."""
+
+    pixels: Tensor
+    partners: Tensor
+    share: Tensor
+
+
+def mix(pixels: Tensor, labels: Tensor, *, mixup: float, cutmix: float, seed: int, step: int) -> Mixed:
+    """A batch mixed with a permutation of itself: pixels float32 (B, 3, H, W), labels int64 (B,).
+
+    mixup: alpha of Zhang et al. 2017 (arXiv 1710.09412): images are blended, with shares from Beta(alpha, alpha).
+    cutmix: alpha of Yun et al. 2019 (arXiv 1905.04899): a box of the partner is pasted over the image, its centre any
+    pixel and its sides sqrt(1 - share) of the image's; what lies beyond the image is cut off, and the share is that of
+    the pixels that remain. At least one alpha is above 0; where both are, each image takes either with probability 1/2
+    (timm's choice is the whole batch's, unless its mode is `elem`).
+    A function of its arguments: all is drawn from (seed, step).
+    """
+    assert mixup > 0 or cutmix > 0
+    count, _, height, width = pixels.shape
+    size = np.array([height, width])
+    generator = np.random.default_rng(derive_seed(seed, "mixing", step))
+    order = generator.permutation(count)
+    blended = generator.random(count) < (0.5 if mixup and cutmix else 1.0 if mixup else 0.0)
+    shares = [generator.beta(alpha, alpha, count) if alpha else np.ones(count) for alpha in (mixup, cutmix)]
+    # As in the paper's own code: half a side, rounded down, each way from the centre.
+    half = (size * np.sqrt(1 - shares[1])[:, None]).astype(np.int64) // 2
+    centre = (generator.random((count, 2)) * size).astype(np.int64)
+    begin, end = (centre - half).clip(0), (centre + half).clip(max=size)
+    share = np.where(blended, shares[0], 1 - (end - begin).prod(1) / size.prod()).astype(np.float32)
+    # Drawn on the CPU, so the same for every device. The edges of a box: top, left, bottom, right.
+    partner, own, blend, *edges = (
+        torch.from_numpy(drawn).to(pixels.device) for drawn in (order, share, blended, *begin.T, *end.T)
+    )
+    boxes = rectangles((height, width), *edges)
+    weight = torch.where(blend[:, None, None, None], own[:, None, None, None], (~boxes).float())
+    return Mixed(torch.lerp(pixels[partner], pixels, weight), labels[partner], own)

@@ -1,0 +1,223 @@
+"""The sections of a recipe, apart from the optimizer and the schedule, which have modules of their own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from cifarlab.recipe_base import Boolean, Duration, Integer, Real, Section
+
+MAX_SIDE = 2048
+
+
+class Data(Section):
+    validation: Real = Field(0.1, ge=0, lt=1, description="share of the training set held out for validation; 0: none")
+    limit: Integer | None = Field(None, ge=1, description="train on a class-balanced cut of this many images")
+    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how a folder's image is made square")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="how images are resized (antialiased)"
+    )
+    bad_files: Literal["refuse", "skip"] = Field("refuse", description="what to do with unreadable images of a folder")
+    memory: Integer | None = Field(
+        None,
+        ge=1,
+        description="MB that images may take on the device; more is streamed by workers; null: half the free",
+    )
+    workers: Integer = Field(2, ge=0, description="processes that stream a dataset over the memory budget")
+
+
+class Augment(Section):
+    """What happens to training images, in this order. Lengths are pixels of the last `train.resolution`; where the
+    resolution grows they shrink with it at the beginning."""
+
+    flip: Literal["random", "alternating"] | None = Field(
+        None,
+        description="random: mirror each image with probability 1/2; alternating: the half that is mirrored in an "
+        "epoch is drawn once, and the other half is mirrored in the next",
+    )
+    crop_padding: Integer = Field(
+        0, ge=0, le=512, description="random crop after padding each side by so many black pixels"
+    )
+    translate: Integer = Field(
+        0, ge=0, le=512, description="random shift by up to so many pixels each way; what comes in is the mirror image"
+    )
+    policy: Literal["trivial_augment", "rand_augment"] | None = Field(
+        None, description="trivial_augment: one operation of any strength; rand_augment: several of a given strength"
+    )
+    rand_augment_ops: Integer = Field(2, ge=1, le=16, description="operations an image, one after the other")
+    rand_augment_magnitude: Integer = Field(9, ge=0, le=30, description="their strength, of 30")
+    brightness: Real = Field(0.0, ge=0, le=1, description="colour jitter: factors from 1 - x to 1 + x")
+    contrast: Real = Field(0.0, ge=0, le=1, description="colour jitter: factors from 1 - x to 1 + x")
+    saturation: Real = Field(0.0, ge=0, le=1, description="colour jitter: factors from 1 - x to 1 + x")
+    hue: Real = Field(0.0, ge=0, le=0.5, description="colour jitter: turns by -x to x of the colour circle")
+    cutout: Integer = Field(0, ge=0, le=MAX_SIDE, description="blank a square of this side, its centre anywhere")
+    erasing: Real = Field(
+        0.0, ge=0, le=1, description="probability of blanking a random rectangle (RandomErasing, 2 to 33 % of the area)"
+    )
+    views: Integer | None = Field(
+        None,
+        ge=1,
+        description="draw so many versions of each image, an epoch each, and then go through them again; null: always "
+        "new ones; frozen stages can be computed once a version",
+    )
+
+    @property
+    def random(self) -> bool:
+        """Whether images differ from epoch to epoch."""
+        return any(value for name, value in self if name not in ("rand_augment_ops", "rand_augment_magnitude", "views"))
+
+    @model_validator(mode="after")
+    def _one_shift(self) -> Augment:
+        if self.crop_padding and self.translate:
+            raise ValueError("crop_padding and translate both shift the image: set one of them to 0")
+        return self
+
+
+class Model(Section):
+    name: str = Field(description="the network; 'cifarlab models' lists them")
+    pretrained: Boolean | str = Field(
+        False, description="start from pretrained weights: true, or a .safetensors or .pth file"
+    )
+    head: Literal["new", "keep"] = Field(
+        "new",
+        description="new: a fresh last layer with one output a class; keep: the network's own, with its (1,000) "
+        "outputs: the loss is over all of them, scores are over the first ones",
+    )
+    freeze_stages: Integer = Field(0, ge=0, description="so many stages, from the input on, never train")
+    freeze_backbone: Duration | None = Field(None, description="train only the head for this long")
+    cache: Literal["float32", "bfloat16"] | None = Field(
+        "bfloat16",
+        description="keep what frozen stages compute, in this precision, for each version of an image "
+        "(augment.views); null: compute it anew",
+    )
+    cache_memory: Integer | None = Field(
+        None, ge=1, description="MB that the cache may take; what doesn't fit is computed anew; null: half the free"
+    )
+
+    @model_validator(mode="after")
+    def _path_is_a_weights_file(self) -> Model:
+        if isinstance(self.pretrained, str) and not self.pretrained.endswith((".safetensors", ".pth", ".pt")):
+            raise ValueError(
+                f"pretrained: expected true, false or the path of a .safetensors or .pth file, not {self.pretrained!r}"
+            )
+        return self
+
+
+class Loss(Section):
+    label_smoothing: Real = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    class_weights: Literal["balanced"] | None = Field(
+        None, description="balanced: weigh each class by images / (classes x images of the class)"
+    )
+    mixup: Real = Field(0.0, ge=0, description="alpha: blend each image with another, shares from Beta(alpha, alpha)")
+    cutmix: Real = Field(
+        0.0, ge=0, description="alpha: paste a rectangle of another image, its area from Beta(alpha, alpha)"
+    )
+
+
+def _resolve_numerics(value: Any) -> Any:
+    # Until numerics are chosen by measurement, the choice is always the exact one.
+    return "exact" if value == "auto" else value
+
+
+def _whole(epochs: float) -> float:
+    # 50.0 is 50: the same recipe has one fingerprint.
+    return int(epochs) if epochs == int(epochs) else epochs
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
+
+
+def _check_resolution(value: Any) -> Any:
+    """Our own sentence for what is neither a side nor a progression of sides."""
+    if value is None or _is_side(value):
+        return value
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected pixels from 1 to {MAX_SIDE}, or [[share of the run, pixels], ...], not {value!r}")
+    shares = []
+    for pair in value:
+        good = isinstance(pair, list | tuple) and len(pair) == 2 and _is_side(pair[1])
+        if not good or isinstance(pair[0], bool) or not isinstance(pair[0], int | float) or not 0 <= pair[0] < 1:
+            raise ValueError(
+                f"expected pairs of a share of the run (0 to less than 1) and pixels (1 to {MAX_SIDE}), not {pair!r}"
+            )
+        shares.append(float(pair[0]))
+    if not shares or shares[0] != 0 or shares != sorted(set(shares)):
+        raise ValueError(f"the shares must begin with 0 and rise, as in [[0, 64], [0.3, 96]], not {value!r}")
+    return tuple((share, pair[1]) for share, pair in zip(shares, value, strict=True))
+
+
+Progression = tuple[tuple[Real, Integer], ...]
+
+
+class Train(Section):
+    epochs: Annotated[Integer | Real, AfterValidator(_whole)] = Field(
+        gt=0, description="passes over the training images"
+    )
+    batch_size: Integer = Field(128, ge=1, description="images in a step")
+    accumulate: Integer = Field(
+        1, ge=1, description="parts that a batch is computed in, to save memory; the step is that of the whole batch"
+    )
+    resolution: Annotated[Integer | Progression | None, BeforeValidator(_check_resolution)] = Field(
+        None,
+        description="resize images to this side; [[0, 64], [0.3, 96]]: to 64, from 30 % of the run on to 96; null: as "
+        "they are",
+    )
+    clip_grad_norm: Real | None = Field(None, gt=0, description="scale gradients down to at most this norm")
+    ema: Real | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights and buffers, kept and validated beside them",
+    )
+    early_stopping: Integer | None = Field(
+        None, ge=1, description="stop after so many epochs in a row without a better validation accuracy"
+    )
+    checkpoint_every: Duration | None = Field(None, description="keep a checkpoint to go on from this often")
+    keep: Integer = Field(2, ge=1, description="how many of the latest checkpoints stay, besides the best")
+    numerics: Annotated[Literal["exact"], BeforeValidator(_resolve_numerics)] = Field(
+        "exact", description="exact: fp32, eager, deterministic; auto: the same, until it is chosen by measurement"
+    )
+
+    @model_validator(mode="after")
+    def _parts_are_not_empty(self) -> Train:
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate ({self.accumulate}) must not be more than batch_size ({self.batch_size}): a part has at "
+                "least one image"
+            )
+        return self
+
+    @property
+    def resolutions(self) -> tuple[tuple[float, int | None], ...]:
+        """(share of the run from which on, side) in rising order; the side None leaves images as they are."""
+        if isinstance(self.resolution, tuple):
+            return self.resolution
+        return ((0.0, self.resolution),)
+
+    @property
+    def last_resolution(self) -> int | None:
+        return self.resolutions[-1][1]
+
+
+def _check_tta(value: Any) -> Any:
+    if value is None or value in ("flip", "crops", "auto") or (type(value) is int and 2 <= value <= 1000):
+        return value
+    raise ValueError(
+        "expected flip, crops, auto (the better on validation), a number of augmented views from 2 to 1000, or null, "
+        f"not {value!r}"
+    )
+
+
+class Evaluate(Section):
+    tta: Annotated[Literal["flip", "crops", "auto"] | Integer | None, BeforeValidator(_check_tta)] = Field(
+        None,
+        description="test-time augmentation, probabilities averaged: flip (2 views), crops (10), so many augmented "
+        "views, or auto: the best of none, flip and crops on validation",
+    )
+    resolution: Integer | None = Field(
+        None, ge=1, le=MAX_SIDE, description="side of images in evaluation; null: the last of train.resolution"
+    )
+    test: Boolean = Field(True, description="score the test set once, at the end")
+    batch_size: Integer = Field(500, ge=1, description="images in an evaluation batch")
