@@ -123,7 +123,8 @@ def score_run(
 ) -> dict[str, Any]:
     """Score a run's best checkpoint on its test set again; the look is counted. Returns test.json's values.
 
-    override: another test-time augmentation than the run's, as `["evaluate.tta=flip"]`. data_folder: where CIFAR's files are; None: where they were when the run was made, if they are still there.
+    override: another test-time augmentation than the run's, as `["evaluate.tta=flip"]`. data_folder: where CIFAR's
+    files are; None: where they were when the run was made, if they are still there.
     Raises NotARunError where the run is not finished (its best checkpoint is not final) or damaged, or the dataset is
     not the one that it was trained on.
     """

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class Average:
     """An exponential moving average of a network's weights and buffers, and the network that has them.
 
-    At step t, from 0 on, it keeps the share min(decay, 1 - (1 + t)^(-2/3)), so that the beginning of a short run is forgotten.
+    At step t, from 0 on, it keeps the share min(decay, 1 - (1 + t)^(-2/3)), so that a short run forgets its beginning.
     """
 
     ema: Any  # timm.utils.ModelEmaV3

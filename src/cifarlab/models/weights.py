@@ -95,10 +95,11 @@ def find_weights(section: Model, report: Report) -> Weights | None:
 def load_weights(model: nn.Module, section: Model, weights: Weights) -> None:
     """Put weights into a model that `build_model` has built, in place.
 
-    With `head: new` the head stays as it was initialised, also where the file has one of the same shape; with `head:
-    keep` it comes from the file. All else must be there by name and shape, and nothing more; position embeddings may be
-    of another image size where the library knows how to resample them. Raises RecipeError for a file that is of another
-    network, DataError for one that is damaged or holds NaN or infinite weights.
+    With `head: new` the head begins at zero, also where the file has one of the same shape: a random one would send
+    random gradients through the pretrained layers (BiT, arXiv 1912.11370). With `head: keep` it comes from the file.
+    All else must be there by name and shape, and nothing more; position embeddings may be of another image size where
+    the library knows how to resample them. Raises RecipeError for a file that is of another network, DataError for one
+    that is damaged or holds NaN or infinite weights.
     """
     network = catalog.find(section.name)
     state = _state(_read(weights.path), weights.path)
@@ -106,14 +107,17 @@ def load_weights(model: nn.Module, section: Model, weights: Weights) -> None:
     renamed._metadata = state._metadata  # type: ignore[attr-defined]
     head = head_parameters(model) if section.head == "new" else frozenset()
     complaint = _put(model, renamed, head)
-    if complaint is None:
-        return
-    try:
-        converted = network.converted(state, model)
-    except Exception:  # whatever comes to a library's mind where the weights are another network's
-        converted = None
-    if converted is None or _put(model, converted, head) is not None:
-        raise RecipeError(f"model.pretrained: {weights.path} does not fit '{network.name}': {complaint}")
+    if complaint is not None:
+        try:
+            converted = network.converted(state, model)
+        except Exception:  # whatever comes to a library's mind where the weights are another network's
+            converted = None
+        if converted is None or _put(model, converted, head) is not None:
+            raise RecipeError(f"model.pretrained: {weights.path} does not fit '{network.name}': {complaint}")
+    for name in head:
+        # Not SqueezeNet's convolution: behind its ReLU zeros would stay zeros.
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            nn.init.zeros_(model.get_parameter(name))
 
 
 # --- where they are ---------------------------------------------------------------------------
