@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,37 @@ def test_an_override_arrives_as_what_it_is(override: str, path: str, expected: o
     assert type(value) is type(expected)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.validation=0", "train.early_stopping=3"], "train.early_stopping goes by validation accuracy"),
+        (["data.validation=0", "evaluate.tta=auto"], "evaluate.tta 'auto' goes by validation accuracy"),
+        (["augment={views: 3}", "evaluate.tta=5"], "evaluate.tta 5 averages augmented views"),
+        (["model.freeze_stages=2", "loss.mixup=0.2"], "set model.cache to null, or mixup and cutmix to 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_do(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(sentence)):
+        load_recipe("ex1", overrides)
+    load_recipe("ex1", overrides[:1])
+    load_recipe("ex1", overrides[1:] if "augment" not in overrides[0] else ["augment.cutout=3", overrides[1]])
+
+
+def test_a_progression_of_resolutions_says_what_is_seen_and_stored() -> None:
+    recipe = load_recipe("ex2", ["train.resolution=[[0, 64], [0.3, 96]]", "evaluate.resolution=80"])
+    assert recipe.train.resolutions == ((0.0, 64), (0.3, 96))
+    assert (recipe.evaluation_side, recipe.sides, recipe.largest_side) == (80, (64, 96, 80), 96)
+    assert make_recipe(parse_yaml(recipe.to_yaml(), "written")) == recipe
+    plain = load_recipe("ex1")
+    assert (plain.evaluation_side, plain.sides, plain.largest_side) == (None, (None,), None)
+
+
+def test_a_weights_file_is_an_absolute_path_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("ex1", ["model.pretrained=mine.pth"]).resolved(dataset="digits", seed=0)
+    assert recipe.model.pretrained == str(tmp_path / "mine.pth")
+
+
 def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() -> None:
     recipe = load_recipe("ex2", ["optimizer.betas=[0.8, 0.9]", "schedule.name=cosine", "schedule.min_factor=0.1"])
     assert field(recipe, "optimizer.betas") == [0.8, 0.9]
@@ -93,7 +125,7 @@ def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() ->
         ("optimizer.lr=1e999", "optimizer.lr: expected"),
         ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, not -1"),
         ("data.validation=1", "data.validation: expected less than 1, not 1"),
-        ("augment.flip=true", "augment.flip: expected 'random', not True"),
+        ("augment.flip=true", "augment.flip: expected 'random' or 'alternating', not True"),
         (
             "train.checkpoint_every={epochs: 1, steps: 2}",
             "a duration has exactly one of epochs, steps, minutes and share",
@@ -106,11 +138,28 @@ def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() ->
         ("data=3", "data: expected"),
         ("model.name=[a]", "model.name: expected a valid string"),
         ("optimizer.name=[adam]", "unknown optimizer"),
-        ("train.resolution=100000", "train.resolution: expected less than or equal to 2048, not 100000"),
+        ("train.resolution=100000", "train.resolution: expected pixels from 1 to 2048, or [[share of the run, pixels]"),
+        ("train.resolution=true", "train.resolution: expected pixels from 1 to 2048"),
+        ("train.resolution=[[0.1, 64]]", "train.resolution: the shares must begin with 0 and rise"),
+        (
+            "train.resolution=[[0, 64], [0.5, 96], [0.5, 128]]",
+            "train.resolution: the shares must begin with 0 and rise",
+        ),
+        ("train.resolution=[[0, 64], [1, 96]]", "train.resolution: expected pairs of a share of the run"),
+        ("train.resolution=[[0, 64, 3]]", "train.resolution: expected pairs of a share of the run"),
+        ("train.accumulate=1000", "train: accumulate (1000) must not be more than batch_size (128)"),
+        ("train.early_stopping=0", "train.early_stopping: expected greater than or equal to 1, not 0"),
+        ("evaluate.tta=mirror", "evaluate.tta: expected flip, crops, auto (the better on validation), a number"),
+        ("evaluate.tta=1", "evaluate.tta: expected flip, crops, auto"),
+        ("augment={translate: 2, crop_padding: 4}", "augment: crop_padding and translate both shift the image"),
+        ("model.freeze_backbone.minutes=1", "model.freeze_backbone: minutes need a time budget"),
         ("name=../x", "name: must be letters, digits"),
         ("seed=-1", "seed: expected greater than or equal to 0, not -1"),
         ("train.epochs=[1", "--set train.epochs: line 1, column 3: not valid YAML"),
-        ("model.pretrained=true", "model.pretrained: expected False, not True"),
+        (
+            "model.pretrained=weights.onnx",
+            "pretrained: expected true, false or the path of a .safetensors or .pth file",
+        ),
     ],
 )
 def test_a_wrong_override_is_refused_in_one_sentence(override: str, sentence: str) -> None:
