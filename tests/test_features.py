@@ -86,6 +86,8 @@ def test_what_does_not_fit_into_memory_is_computed_anew_with_the_same_bits(dtype
             torch.testing.assert_close(got, expected(front, samples, version, dtype), atol=0, rtol=0)
     assert front.images == 20 + 3 * 20
     assert frozen.memory_left == 0
+    size = 20 * 80 * (4 if dtype == torch.float32 else 2)
+    assert frozen.record() == {"computed": front.images, "recalled": 2 * 20, "bytes": size}
 
 
 def test_what_will_not_come_again_is_not_kept() -> None:

@@ -178,6 +178,29 @@ def test_a_network_made_for_one_size_is_made_for_the_asked_one() -> None:
         check_size(Model(name=name), (side, side))
 
 
+@pytest.mark.parametrize(
+    ("name", "sides", "sentence"),
+    [
+        ("ex2", (128, 96), "it can't see 96x96 and 128x128; give train.resolution and evaluate.resolution one side"),
+        ("torchvision:vit_b_32", (64, 64, 96), "it can't see 96x96 and 64x64"),
+        ("timm:vit_tiny_patch16_224", (64, 96), "it can't see 96x96 and 64x64"),
+    ],
+)
+def test_a_network_made_for_one_size_is_refused_for_several(name: str, sides: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{name}' is made for one size of images: {sentence}"):
+        check_size(Model(name=name), *((side, side) for side in sides))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_v2_s", "timm:test_vit"])
+def test_a_network_for_any_size_is_taken_for_several(name: str) -> None:
+    check_size(Model(name=name), (128, 128), (64, 64), (96, 96))
+
+
+def test_the_smallest_of_several_sizes_is_looked_at_too() -> None:
+    with pytest.raises(RecipeError, match=r"can't take images of 32x32 \(.+\); 64x64 works"):
+        check_size(Model(name="torchvision:alexnet"), (128, 128), (32, 32))
+
+
 def test_looking_at_sizes_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     catalog._refusal.cache_clear()

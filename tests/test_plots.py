@@ -110,6 +110,32 @@ def test_the_accuracy_curve_draws_both_accuracies_and_names_the_best_epoch(
     assert axes.get_ylim()[1] <= 1.0
 
 
+@pytest.mark.parametrize(
+    ("raw", "averaged", "marked"),
+    [
+        ((0.8, 0.5), (0.9, 0.6), 1),
+        ((0.9, 0.6), (0.8, 0.5), 0),
+        ((0.9, 0.6), (0.9, 0.5), 1),
+        ((0.9, 0.5), (0.9, 0.6), 0),
+    ],
+)
+def test_averaged_weights_have_a_curve_and_the_better_of_the_two_is_marked(
+    tmp_path: Path, figures: list[Figure], raw: tuple[float, float], averaged: tuple[float, float], marked: int
+) -> None:
+    """By accuracy and at a tie by lower loss, as best.pth is chosen."""
+    log = a_log(3)
+    for entry in log:
+        entry |= {"val_accuracy": raw[0], "val_loss": raw[1]}
+        entry |= {"ema_val_accuracy": averaged[0], "ema_val_loss": averaged[1]}
+    plots.loss_curve(tmp_path / "loss.png", log, 2)
+    plots.accuracy_curve(tmp_path / "accuracy.png", log, 2)
+    for figure, place, form in zip(figures, (1, 0), ("{:.4f}", "{:.2%}"), strict=True):
+        drawn = lines(figure.axes[0])
+        assert drawn["validation, averaged weights"][1] == [averaged[place]] * 3
+        value = (raw, averaged)[marked][place]
+        assert drawn[f"best epoch 2: {form.format(value)}"] == ([2.0], [value])
+
+
 @pytest.mark.parametrize("best", [1, 20, 40])
 def test_the_best_epoch_is_marked_where_it_is(tmp_path: Path, best: int) -> None:
     plots.accuracy_curve(tmp_path / "a.png", a_log(40), best)

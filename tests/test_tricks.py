@@ -238,9 +238,9 @@ def test_the_front_of_the_network_runs_once_for_each_version(tmp_path: Path, mon
         return compute(self, pixels)
 
     monkeypatch.setattr(FrozenStages, "_compute", counting)
-    run(tmp_path, *VIEWS, "evaluate.test=false", monkeypatch=monkeypatch)
+    log = run(tmp_path, *VIEWS, "evaluate.test=false", monkeypatch=monkeypatch).train_log()
     # 180 training images twice, 20 validation images, and once the 20 that overfitting is measured on.
-    assert sum(images) == 2 * 180 + 20 + 20
+    assert sum(images) == 2 * 180 + 20 + 20 == log["frozen_stages"]["computed"]
 
 
 # --- length and resolution ---

@@ -124,6 +124,18 @@ def test_auto_takes_the_best_on_validation_and_the_cheaper_at_a_tie(
     assert chosen["tried"] == {"flip": flip / 10, "crops": crops / 10}
 
 
+def test_where_auto_chooses_none_the_record_says_so_with_the_plain_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"mode": None, "val_accuracy": 0.5, "val_loss": 1.0, "val_gain": 0.0, "tried": {"flip": 0.4, "crops": 0.3}}
+    monkeypatch.setattr("cifarlab.train.choose_tta", lambda *_: chosen)
+    folder = run(tmp_path, "evaluate.tta=auto", "train.epochs=1", monkeypatch=monkeypatch)
+    log = folder.test_log()
+    assert log is not None
+    plain = {"accuracy": log["accuracy"], "loss": pytest.approx(log["loss"]), "test_time": log["test_time"]}
+    assert log["tta"] == {**chosen, **plain, "gain": 0, "cost": 1}
+
+
 def test_what_is_asked_for_is_taken_even_if_it_costs_accuracy() -> None:
     chosen = choose_tta("flip", predictions(7), lambda _: predictions(6))
     assert chosen["mode"] == "flip" and chosen["val_gain"] == pytest.approx(-0.1)

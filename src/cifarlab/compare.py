@@ -20,6 +20,7 @@ from cifarlab.rundir import RunFolder
 
 TRAIN_FIGURES = ("best_val_accuracy", "train_time", "parameters", "overfitting_gap")
 TEST_FIGURES = ("accuracy", "test_time")
+TTA_FIGURES = ("accuracy", "test_time")  # of test.json's "tta"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Row:
 
     accuracy, overfitting_gap: fractions of 1; train_time, test_time: seconds. `changes` are the fields in which the
     recipe differs from others of its name in the table, and the dataset's content and the machine where they differ.
+    tta: the test-time augmentations that validation chose, with a comma where it chose not the same for each run; None,
+    as its figures, where not all runs have them.
     """
 
     dataset: str
@@ -57,6 +60,9 @@ class Row:
     epochs: float | None
     parameters: int | None
     overfitting_gap: Figure
+    tta: str | None
+    tta_accuracy: Figure
+    tta_test_time: Figure
     runs: tuple[str, ...]
 
 
@@ -96,6 +102,7 @@ class _Run:
     epochs: int
     fields: dict[str, str]
     figures: dict[str, float | None]
+    tta: str | None
 
 
 def _read(folder: RunFolder) -> _Run:
@@ -120,6 +127,10 @@ def _read(folder: RunFolder) -> _Run:
         for file, record, names in (("train.json", log, TRAIN_FIGURES), ("test.json", test or {}, TEST_FIGURES))
         for name in names
     }
+    tta = (test or {}).get("tta")
+    if not isinstance(tta, dict | None):
+        raise NotARunError(f"{folder.path / 'test.json'} is damaged: 'tta' is not a mapping")
+    figures |= {f"tta_{name}": _number(tta or {}, name, folder.path / "test.json") for name in TTA_FIGURES}
     return _Run(
         path=str(folder.path),
         dataset=printable(str(log["dataset"])),
@@ -133,6 +144,7 @@ def _read(folder: RunFolder) -> _Run:
         epochs=len(log["epochs"]),
         fields=fields | {"content": content_hash[:8], "machine": machine},
         figures=figures,
+        tta=None if tta is None else printable(str(tta.get("mode") or "none")),
     )
 
 
@@ -165,6 +177,11 @@ def _row(group: list[_Run], changes: str) -> Row:
         epochs=first.epochs,
         parameters=None if parameters is None else int(parameters),
         overfitting_gap=figure("overfitting_gap"),
+        tta=", ".join(dict.fromkeys(filter(None, (run.tta for run in group))))
+        if all(run.tta for run in group)
+        else None,
+        tta_accuracy=figure("tta_accuracy"),
+        tta_test_time=figure("tta_test_time"),
         runs=tuple(run.path for run in group),
     )
 
@@ -191,12 +208,15 @@ def _changes(runs: list[_Run]) -> list[str]:
 COLUMNS = ("experiment", "accuracy", "train time", "test time", "epochs", "parameters", "overfitting gap")
 
 
-def cells(row: Row) -> list[str]:
-    """A row as one-line texts, in the order of COLUMNS; a missing figure is a dash."""
+def lines(row: Row) -> list[list[str]]:
+    """A row as one-line texts, in the order of COLUMNS; a missing figure is a dash.
+
+    Test-time augmentation, which trains nothing, has a second line of what it changes.
+    """
     name = row.experiment + (f" ({row.changes})" if row.changes else "") + (f" ×{row.n}" if row.n > 1 else "")
     if row.status != "finished":
         name += f" [{row.status}]"
-    return [
+    plain = [
         name,
         _percent(row.accuracy),
         _seconds(row.train_time),
@@ -205,16 +225,21 @@ def cells(row: Row) -> list[str]:
         "–" if row.parameters is None else f"{row.parameters:,}",
         _points(row.overfitting_gap),
     ]
+    if row.tta is None:
+        return [plain]
+    return [plain, [f"  + TTA: {row.tta}", _percent(row.tta_accuracy), "", _seconds(row.tta_test_time), "", "", ""]]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     blocks = []
     for dataset in dict.fromkeys(row.dataset for row in rows):
-        lines = [f"### {_markdown(dataset)}", ""]
-        lines.append("| " + " | ".join(COLUMNS) + " |")
-        lines.append("|---" + "|---:" * (len(COLUMNS) - 1) + "|")
-        lines += ["| " + " | ".join(map(_markdown, cells(row))) + " |" for row in rows if row.dataset == dataset]
-        blocks.append("\n".join(lines))
+        block = [f"### {_markdown(dataset)}", ""]
+        block.append("| " + " | ".join(COLUMNS) + " |")
+        block.append("|---" + "|---:" * (len(COLUMNS) - 1) + "|")
+        for row in rows:
+            if row.dataset == dataset:
+                block += ["| " + " | ".join(map(_markdown, cells)) + " |" for cells in lines(row)]
+        blocks.append("\n".join(block))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -34,17 +34,21 @@ from cifarlab.rundir import RunFolder
 from cifarlab.train import Average, Display, StopRequest, Task, mark, train
 
 
-def check_plans(plans: Sequence[Recipe], runs: Path) -> None:
-    """Refuse what can be known to fail before anything is downloaded or trained.
+def check_plans(plans: Sequence[Recipe], runs: Path, report: Report) -> None:
+    """Refuse what can be known to fail before images are read or downloaded; pretrained weights are fetched.
 
-    Raises RecipeError for an unknown network or images too small for it, DataError for a folder that is not there,
-    StorageError where the run folders can't be made.
+    Raises RecipeError for an unknown network, images or classes that it can't take, and a file of weights that isn't
+    there; DataError for a folder that is not there, DownloadError for weights that are not to be had, StorageError
+    where the run folders can't be made.
     """
     for plan in plans:
-        _, side = dataset_shape(plan.datasets[0])
-        for wanted in plan.sides:
-            check_size(plan.model, (wanted or side, wanted or side))
+        classes, own_side = dataset_shape(plan.datasets[0])
+        sides = [plan.evaluation_side, *plan.sides]
+        check_size(plan.model, *((side or own_side, side or own_side) for side in sides))
+        outputs(plan.model, classes)
     files.make_folder(runs)
+    for plan in plans:
+        find_weights(plan.model, report)
 
 
 def load(recipe: Recipe, folder: Path | None, report: Report) -> Dataset:
@@ -75,6 +79,8 @@ def run_experiment(
             report(finding)
         weights = find_weights(recipe.model, report)
         task = make_task(recipe, prepared, device, weights)
+        if recipe.model.freeze_stages and recipe.model.cache and task.network.frozen is None:
+            report(f"the frozen stages of '{recipe.model.name}' can't be run apart: they are computed at every step")
         run = RunFolder.create(runs, recipe, datetime.now())
         report(f"run folder: {run.path}")
         try:
@@ -97,9 +103,21 @@ def run_experiment(
 
 @contextlib.contextmanager
 def _explained(recipe: Recipe) -> Iterator[None]:
-    """Memory that runs out and worker processes that die, as RunError; torch says both as a plain RuntimeError."""
+    """What torch says as a plain RuntimeError or ValueError, as RunError.
+
+    Memory that runs out, worker processes that die, and BatchNorm's refusal of a batch of one image whose feature maps
+    have shrunk to a pixel, which leaves it one value to take the variance of.
+    """
     try:
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        parts = " or less train.accumulate" if recipe.train.accumulate > 1 else ""
+        raise RunError(
+            f"a step on one image is too little for the BatchNorm of '{recipe.model.name}', whose last feature maps "
+            f"are one pixel at this size of images; set a larger train.batch_size{parts}, or a larger train.resolution"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         # "not enough memory" (CPU), "CUDA out of memory", "MPS backend out of memory"
         if isinstance(error, MemoryError) or ("memory" in str(error) and "alloc" in str(error)):
@@ -209,11 +227,13 @@ def _score(
         "test_looks": looks + 1,
         "total_time": before.get("total_time") if process_started is None else time.time() - process_started,
     }
-    if isinstance(chosen, dict) and chosen.get("mode") is not None:
-        clock = time.perf_counter()
-        augmented = look(prepared.test, store, chosen["mode"])
-        machine.synchronize(device)
-        seconds = time.perf_counter() - clock
+    if isinstance(chosen, dict):
+        augmented, seconds = predictions, test_time
+        if chosen.get("mode") is not None:
+            clock = time.perf_counter()
+            augmented = look(prepared.test, store, chosen["mode"])
+            machine.synchronize(device)
+            seconds = time.perf_counter() - clock
         log["tta"] = {
             **chosen,
             "accuracy": augmented.accuracy(),

@@ -52,6 +52,8 @@ class FrozenStages:
         self.front = front
         self.dtype = dtype
         self.memory_left = memory
+        self.computed = self.recalled = 0  # images
+        self._memory = memory
         self._memory_format = memory_format
         self._shelves: dict[Source | None, _Shelf | None] = {}
 
@@ -78,10 +80,16 @@ class FrozenStages:
                 shelf.add(samples, computed)
             return self._restored(computed)
         assert shelf.rows is not None
+        self.recalled += len(samples)
         return self._restored(shelf.rows[place])
+
+    def record(self) -> dict[str, int]:
+        """How often images went through the front and how often they were recalled, and the bytes that it took."""
+        return {"computed": self.computed, "recalled": self.recalled, "bytes": self._memory - self.memory_left}
 
     def _compute(self, pixels: Tensor) -> Tensor:
         """(B, h, w, C): channels last, as most layers like them and as rows are copied fastest."""
+        self.computed += len(pixels)
         output: Tensor = self.front(pixels)
         return output.permute(0, 2, 3, 1).to(self.dtype)
 

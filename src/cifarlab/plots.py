@@ -149,12 +149,10 @@ _VALIDATED = ("val", "ema_val")
 
 def _mark_best(axes: Axes, best: Mapping[str, Any], quantity: str) -> None:
     """A line and a diamond at the best epoch; its validation figure (training, without validation) in the legend."""
-    # Of the weights and their average, best.pth holds the one that validates better.
-    validated = [
-        (_height(best.get(f"{part}_accuracy")), _height(best.get(f"{part}_{quantity}"))) for part in _VALIDATED
-    ]
-    finite = [pair for pair in validated if math.isfinite(pair[0])]
-    height = max(finite)[1] if finite else _height(best.get(f"val_{quantity}"))
+    # Of the weights and their average, best.pth holds the one that validates better, by accuracy and then by loss.
+    scored = [(_height(best.get(f"{part}_accuracy")), -_height(best.get(f"{part}_loss")), part) for part in _VALIDATED]
+    finite = [score for score in scored if math.isfinite(score[0])]
+    height = _height(best.get(f"{max(finite)[2] if finite else 'val'}_{quantity}"))
     if not math.isfinite(height):
         height = _height(best.get(f"train_{quantity}"))
     if not math.isfinite(height):

@@ -247,6 +247,7 @@ def train(
         log["wall_time"] = time.time() - process_started
         log["images_per_second"] = images / clock.seconds if clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
+        log["frozen_stages"] = network.frozen.record() if network.frozen is not None else None
         run.write_train_log(log)
 
     def save(name: str, module: nn.Module, **state: Any) -> None:

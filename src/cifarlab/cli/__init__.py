@@ -145,7 +145,7 @@ def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: 
     began = time.time() - machine.process_age()
     console = make_console()
     device = machine.choose_device(device_name)
-    check_plans(plans, runs)
+    check_plans(plans, runs, say)
     done: list[RunFolder] = []
     stop = StopRequest()
     many_seeds = len({plan.seed for plan in plans}) > 1

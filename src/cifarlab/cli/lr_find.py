@@ -38,7 +38,7 @@ def lr_find(
     plan = load_recipe(recipe, set_ or [])
     plan = plan.resolved(dataset=dataset or plan.datasets[0], seed=plan.seed)
     place = machine.choose_device(device)
-    check_plans([plan], out.parent)
+    check_plans([plan], out.parent, say)
     weights = find_weights(plan.model, say)
     task = make_task(plan, prepare(load(plan, data, say), plan.data, plan.seed), place, weights)
     with make_console().status("learning-rate test") as status:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cifarlab.compare import COLUMNS, Row, cells
+from cifarlab.compare import COLUMNS, Row, lines
 from cifarlab.recipe import Recipe, load_recipe, recipe_names, recipe_text
 
 
@@ -27,7 +27,8 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
                 table.add_column(heading, min_width=len(column), overflow="fold")
         for row in rows:
             if row.dataset == dataset:
-                table.add_row(*(Text(cell) for cell in cells(row)))
+                for cells in lines(row):
+                    table.add_row(*map(Text, cells))
         console.print(table)
 
 
@@ -82,7 +83,8 @@ def _count(number: int) -> str:
 def print_scores(console: Console, log: dict[str, Any]) -> None:
     """The figures of a test.json."""
     table = Table("figure", "value")
-    for key, value in log.items():
-        if isinstance(value, int | float | None):
+    with_tta = {f"tta: {key}": value for key, value in (log["tta"] or {}).items()}
+    for key, value in {**log, **with_tta}.items():
+        if key != "tta" and isinstance(value, int | float | str | None):
             table.add_row(key, "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)

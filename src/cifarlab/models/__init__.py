@@ -24,9 +24,12 @@ def build_model(section: Model, *, classes: int, size: tuple[int, int], seed: in
     return catalog.find(section.name).build(None if section.head == "keep" else classes, size)
 
 
-def check_size(section: Model, size: tuple[int, int]) -> None:
-    """Raise RecipeError where the network is unknown, or can't take images of (H, W)."""
-    catalog.find(section.name).check(size)
+def check_size(section: Model, size: tuple[int, int], *more: tuple[int, int]) -> None:
+    """Raise RecipeError where the network is unknown, or can't take images of (H, W).
+
+    more: other sizes that the same network, made for the first, is to take as well.
+    """
+    catalog.find(section.name).check(size, *more)
 
 
 def outputs(section: Model, classes: int) -> int:

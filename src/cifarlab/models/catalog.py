@@ -91,8 +91,8 @@ class Network(ABC):
         """A freshly initialised one for images of `size` (H, W); classes: None: with its own head."""
 
     @abstractmethod
-    def check(self, size: tuple[int, int]) -> None:
-        """Raise RecipeError where it can't take images of (H, W)."""
+    def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
+        """Raise RecipeError where it can't take images of (H, W), or, made for these, images of more sizes too."""
 
     def renamed(self, state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
         """Weights whose names differ from the model's for a reason that the library knows, under the model's names."""
@@ -123,13 +123,16 @@ class SmallNetwork(Network):
         assert classes is not None
         return self.make(classes, size[0])
 
-    def check(self, size: tuple[int, int]) -> None:
+    def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
         height, width = size
         if height != width or height < self.minimum_size:
             raise RecipeError(
                 f"model.name '{self.name}' takes square images of at least {self.minimum_size} pixels a side, "
                 f"not {height}x{width}; set train.resolution"
             )
+        for other in more:
+            if other != size:
+                raise _one_size(self, size, other)
 
 
 SMALL: dict[str, SmallNetwork] = {
@@ -148,24 +151,36 @@ class LibraryNetwork(Network):
 
     architecture: str
 
-    def check(self, size: tuple[int, int]) -> None:
-        height, width = size
-        reason = _refusal(self, height, width)
+    def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
+        reason = _refusal(self, size, size)
         if reason is None:
+            for other in more:
+                if _refusal(self, size, other) is not None:
+                    # Where it could not take those alone either, that is the better sentence.
+                    self.check(other)
+                    raise _one_size(self, size, other)
             return
         if reason == _NO_LOGITS:
             raise RecipeError(f"model.name '{self.name}' is no classifier: {reason}; choose another network")
-        side = next((side for side in _SIDES if side >= min(size) and _refusal(self, side, side) is None), None)
-        advice = "choose another network" if side is None else f"{side}x{side} works: set train.resolution={side}"
-        raise RecipeError(f"model.name '{self.name}' can't take images of {height}x{width} ({reason}); {advice}")
+        squares = ((side, side) for side in _SIDES if side >= min(size))
+        found = next((square for square in squares if _refusal(self, square, square) is None), None)
+        advice = f"{found[0]}x{found[0]} works: set train.resolution={found[0]}" if found else "choose another network"
+        raise RecipeError(f"model.name '{self.name}' can't take images of {size[0]}x{size[1]} ({reason}); {advice}")
+
+
+def _one_size(network: Network, size: tuple[int, int], other: tuple[int, int]) -> RecipeError:
+    return RecipeError(
+        f"model.name '{network.name}' is made for one size of images: it can't see {other[0]}x{other[1]} and "
+        f"{size[0]}x{size[1]}; give train.resolution and evaluate.resolution one side"
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def _refusal(network: LibraryNetwork, height: int, width: int) -> str | None:
-    """Why a network can't take images of this size, found out without computing anything; None: it can."""
+def _refusal(network: LibraryNetwork, size: tuple[int, int], seen: tuple[int, int]) -> str | None:
+    """Why a network made for images of `size` can't take those of `seen`; None: it can. Nothing is computed."""
     try:
         with torch.no_grad():
-            logits = on_meta(network, 10, (height, width)).train()(torch.empty(2, 3, height, width, device="meta"))
+            logits = on_meta(network, 10, size).train()(torch.empty(2, 3, *seen, device="meta"))
     except Exception as error:  # whatever comes to a library's mind: AssertionError, ValueError, RuntimeError, ...
         return " ".join(str(error).split())[:120] or type(error).__name__
     if not isinstance(logits, Tensor) or logits.shape != (2, 10):
