@@ -19,7 +19,7 @@ from cifarlab.data.prepare import prepare
 from cifarlab.evaluate import Network
 from cifarlab.models import build_model
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Batch, backward, make_batches, total_weight
+from cifarlab.train import Batch, EpochSums, backward, make_batches, total_weight
 from short_runs import CPU, make_dataset, normalised, recipe, run, without_times
 
 EVERY_STEP = ["train.checkpoint_every.steps=1", "train.keep=1000"]
@@ -131,6 +131,16 @@ def test_parts_of_a_batch_add_up_to_the_whole(accumulate: int, weights: Tensor |
     assert whole[2].shape == (9, 4)
 
 
+def test_no_part_is_larger_than_it_needs_to_be() -> None:
+    """That is what it saves memory by: 9 images in 4 parts are 3, 3 and 3."""
+    model, sizes = Plain(), []
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    plan = recipe("train.batch_size=9", "train.accumulate=4")
+    task: Any = SimpleNamespace(network=Network(model, model, None, 4), class_weights=None)
+    backward(plan, task, make_batch(mixed=False))
+    assert sizes == [3, 3, 3]
+
+
 def test_the_loss_of_mixed_images_is_that_of_mixed_labels() -> None:
     batch = make_batch(mixed=True)
     assert batch.partners is not None and batch.share is not None
@@ -142,6 +152,14 @@ def test_the_loss_of_mixed_images_is_that_of_mixed_labels() -> None:
     torch.testing.assert_close(loss, wanted.detach())
     torch.testing.assert_close(gradient, model.layer.weight.grad)
     torch.testing.assert_close(logits, model(batch.inputs).detach()[:, :4])
+
+
+def test_a_mixed_image_is_right_where_its_heavier_label_is_found() -> None:
+    sums = EpochSums(CPU)
+    labels, partners, share = torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1]), torch.tensor([0.7, 0.3, 0.7])
+    said = F.one_hot(torch.tensor([0, 1, 1]), 2).float()
+    sums.add(0, torch.tensor(1.0), said, Batch(torch.zeros(3), labels, partners, share), None)
+    assert sums.means() == (1.0, pytest.approx(2 / 3))
 
 
 def test_mixed_images_with_class_weights_are_a_weighted_mean() -> None:
@@ -228,19 +246,63 @@ def test_a_bfloat16_cache_is_close_and_its_size_does_not_matter(
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_the_front_of_the_network_runs_once_for_each_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_is_for_one_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same versions of the same images come again in another resolution, and are others."""
+    settings = [
+        "model={name: timm:test_efficientnet, freeze_stages: 2}",
+        "augment={flip: random, views: 1}",
+        "train.resolution=[[0, 32], [0.5, 48]]",
+        "train.epochs=2",
+        "evaluate.test=false",
+    ]
+    first, second = (
+        run(tmp_path / cache, *settings, f"model.cache={cache}", monkeypatch=monkeypatch)
+        for cache in ("null", "float32")
+    )
+    assert without_times(first.train_log()) == without_times(second.train_log())
+
+
+@pytest.mark.parametrize(("settings", "versions"), [(VIEWS, 2), (["model.freeze_stages=2"], 1)])
+def test_the_front_of_the_network_runs_once_for_each_version(
+    settings: list[str], versions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without augmentation there is one version. Memory is taken for what there is, and no more."""
     from cifarlab.features import FrozenStages
 
-    compute, images = FrozenStages._compute, []
+    compute, images, sizes = FrozenStages._compute, [], set()
 
     def counting(self: FrozenStages, pixels: Tensor) -> Tensor:
+        output = compute(self, pixels)
         images.append(len(pixels))
-        return compute(self, pixels)
+        sizes.add(output[0].numel() * output.element_size())
+        return output
 
     monkeypatch.setattr(FrozenStages, "_compute", counting)
-    log = run(tmp_path, *VIEWS, "evaluate.test=false", monkeypatch=monkeypatch).train_log()
-    # 180 training images twice, 20 validation images, and once the 20 that overfitting is measured on.
-    assert sum(images) == 2 * 180 + 20 + 20 == log["frozen_stages"]["computed"]
+    log = run(tmp_path, *settings, "evaluate.test=false", monkeypatch=monkeypatch).train_log()
+    # 180 training images, 20 validation images, and once the 20 that overfitting is measured on.
+    assert sum(images) == versions * 180 + 20 + 20 == log["frozen_stages"]["computed"]
+    assert log["frozen_stages"]["bytes"] == (versions * 180 + 20) * sizes.pop()
+
+
+# --- dropout ---
+
+
+def test_what_dropout_draws_depends_on_seed_and_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifarlab import train
+    from cifarlab.seeds import derive_seed
+
+    backward, drawn = train.backward, []
+
+    def drawing(*arguments: Any) -> tuple[Tensor, Tensor]:
+        drawn.append(torch.rand(3))
+        return backward(*arguments)
+
+    monkeypatch.setattr(train, "backward", drawing)
+    run(tmp_path, "train.epochs=2", "evaluate.test=false", monkeypatch=monkeypatch)
+    wanted = [
+        torch.rand(3, generator=torch.Generator().manual_seed(derive_seed(0, "step", step))) for step in range(12)
+    ]
+    torch.testing.assert_close(torch.stack(drawn), torch.stack(wanted), rtol=0, atol=0)
 
 
 # --- length and resolution ---
@@ -258,6 +320,17 @@ def test_early_stopping_ends_a_run_that_no_longer_gets_better(tmp_path: Path, mo
     for entry, same in zip(log["epochs"], whole["epochs"], strict=False):
         assert {**entry, "seconds": 0} == {**same, "seconds": 0}
     assert not whole["stopped_early"]
+
+
+def test_a_run_that_ends_anyway_is_not_called_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first epoch is the best one, so patience ends with the last one."""
+    accuracies = iter([0.5, 0.4, 0.3])
+    monkeypatch.setattr(
+        "cifarlab.train._validate", lambda network, *_: (1.0, next(accuracies)) if network else (None,) * 2
+    )
+    settings = ["train.epochs=3", "train.early_stopping=2", "evaluate.test=false"]
+    log = run(tmp_path, *settings, monkeypatch=monkeypatch).train_log()
+    assert (len(log["epochs"]), log["best_epoch"], log["stopped_early"]) == (3, 1, False)
 
 
 @pytest.mark.parametrize(("count", "size", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (1, 4, [1]), (3, 1, [1] * 3)])

@@ -1,0 +1,114 @@
+"""Is Lion worth it? Adam, AdamW and Lion on EfficientNet-Lite0: a grid, then fresh seeds of the best. For docs/lion.md.
+
+    python studies/lion.py --data DIR --runs FOLDER
+
+The grid (seed 0) is decided by validation accuracy, its test images left alone. Of each optimizer the best setting,
+and Lion as the report had it, run again with the seeds 1, 2 and 3, which had no say in the choice; these are tested.
+What is finished is not run again, so the study can be interrupted. About three hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from cifarlab.rundir import RunFolder
+
+DATASETS = ("cifar10", "cifar100")
+SEEDS = (1, 2, 3)
+COMMON = (
+    "data.limit=10000",
+    "train.resolution=64",
+    "augment.crop_padding=8",
+    "train.epochs=4",
+    "train.checkpoint_every=null",
+)
+
+
+class Setting(NamedTuple):
+    optimizer: str
+    lr: float
+    weight_decay: float
+
+    def overrides(self) -> list[str]:
+        return [f"optimizer.{name}={value}" for name, value in zip(("name", "lr", "weight_decay"), self, strict=True)]
+
+    def __str__(self) -> str:
+        return f"{self.optimizer} {self.lr:g} {self.weight_decay:g}"
+
+
+REPORTED = Setting("lion", 1e-4, 1e-4)
+GRID = (
+    # Adam's decay is part of the gradient, and hardly matters at this size: EX-4's, with higher rates.
+    *(Setting("adam", lr, 1e-4) for lr in (1e-4, 3e-4, 1e-3)),
+    # AdamW's and Lion's shrinks the weights by lr x decay a step.
+    *(Setting("adamw", lr, decay) for lr, decay in ((3e-4, 1e-2), (1e-3, 1e-2), (1e-3, 1e-1))),
+    REPORTED,
+    # From a third to a tenth of Adam's rate, and as much more decay as makes up for it; then much decay at EX-5's rate.
+    *(
+        Setting("lion", lr, decay)
+        for lr, decay in ((1e-5, 1e-1), (3e-5, 3e-2), (3e-5, 3e-1), (1e-4, 1e-1), (3e-4, 1e-1))
+    ),
+)
+
+
+def run(setting: Setting, dataset: str, seed: int, test: bool, arguments: argparse.Namespace) -> RunFolder:
+    """A finished run's folder: the one that is there, or a new one."""
+    place = arguments.runs / dataset / str(setting).replace(" ", "_") / str(seed)
+    if (folder := finished(place)) is not None:
+        return folder
+    overrides = [*COMMON, *setting.overrides(), f"evaluate.test={str(test).lower()}"]
+    command = [sys.executable, "-m", "cifarlab", "run", "ex4-lite0", "--dataset", dataset, "--seed", str(seed)]
+    command += ["--data", str(arguments.data), "--runs", str(place)]
+    subprocess.run([*command, *(part for value in overrides for part in ("--set", value))], check=True)
+    folder = finished(place)
+    if folder is None:
+        raise SystemExit(f"stopped; the runs so far are in {arguments.runs}")
+    return folder
+
+
+def finished(place: Path) -> RunFolder | None:
+    folders = (RunFolder(log.parent) for log in sorted(place.rglob("train.json")))
+    return next((folder for folder in folders if folder.train_log()["status"] == "finished"), None)
+
+
+def row(name: str, folders: list[RunFolder]) -> str:
+    """A line of a Markdown table: validation and test accuracy, training time, as mean ± std of some runs."""
+    validation = [100 * folder.train_log()["best_val_accuracy"] for folder in folders]
+    seconds = [folder.train_log()["train_time"] for folder in folders]
+    cells = [name, spread(validation)]
+    tests = [log["accuracy"] for folder in folders if (log := folder.test_log()) is not None]
+    if tests:
+        cells.append(spread([100 * accuracy for accuracy in tests]))
+    return "| " + " | ".join([*cells, f"{statistics.fmean(seconds):.0f} s"]) + " |"
+
+
+def spread(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f} %" if len(values) > 1 else f"{mean:.2f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-10 and CIFAR-100")
+    parser.add_argument("--runs", type=Path, default=Path("runs/lion"), help="where the runs are, or go")
+    arguments = parser.parse_args()
+    for dataset in DATASETS:
+        grid = {setting: run(setting, dataset, 0, False, arguments) for setting in GRID}
+        print(f"\n{dataset}, seed 0\n")
+        for setting, folder in grid.items():
+            print(row(str(setting), [folder]))
+        best = {}
+        for setting in sorted(GRID, key=lambda setting: grid[setting].train_log()["best_val_accuracy"]):
+            best[setting.optimizer] = setting
+        print(f"\n{dataset}, seeds {SEEDS}\n")
+        for setting in dict.fromkeys([*best.values(), REPORTED]):
+            print(row(str(setting), [run(setting, dataset, seed, True, arguments) for seed in SEEDS]))
+
+
+if __name__ == "__main__":
+    main()
