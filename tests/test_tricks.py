@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cifarlab import experiment
 from cifarlab.data.batches import in_batches
+from cifarlab.data.mixing import mix
 from cifarlab.data.prepare import prepare
 from cifarlab.evaluate import Network
 from cifarlab.models import build_model
@@ -159,7 +160,7 @@ def test_a_mixed_image_is_right_where_its_heavier_label_is_found() -> None:
     labels, partners, share = torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1]), torch.tensor([0.7, 0.3, 0.7])
     said = F.one_hot(torch.tensor([0, 1, 1]), 2).float()
     sums.add(0, torch.tensor(1.0), said, Batch(torch.zeros(3), labels, partners, share), None)
-    assert sums.means() == (1.0, pytest.approx(2 / 3))
+    assert sums.means() == pytest.approx((1.0, 2 / 3))
 
 
 def test_mixed_images_with_class_weights_are_a_weighted_mean() -> None:
@@ -353,6 +354,21 @@ def test_resolution_grows_at_the_shares_that_the_recipe_says(monkeypatch: pytest
     later = make_batches(plan, task, 8, 10)  # going on at step 8
     ninth = next(itertools.islice(make_batches(plan, task, 0, 10), 8, None))
     torch.testing.assert_close(next(later).inputs, ninth.inputs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 0.7), (0.4, 0.7)])
+def test_each_step_mixes_its_own_batch(alphas: tuple[float, float]) -> None:
+    plain = recipe("train.batch_size=60")
+    mixup, cutmix = alphas
+    mixing = recipe("train.batch_size=60", f"loss.mixup={mixup}", f"loss.cutmix={cutmix}")
+    task = experiment.make_task(plain, prepare(make_dataset(), plain.data, 0), CPU, None)
+    batches = zip(make_batches(plain, task, 0, 5), make_batches(mixing, task, 0, 5), strict=False)
+    for step, (plain_batch, batch) in enumerate(itertools.islice(batches, 5)):
+        mixed = mix(plain_batch.inputs, plain_batch.labels, mixup=mixup, cutmix=cutmix, seed=0, step=step)
+        torch.testing.assert_close(batch.inputs, mixed.pixels, rtol=0, atol=0)
+        assert batch.partners is not None and batch.share is not None
+        assert torch.equal(batch.labels, plain_batch.labels)
+        assert torch.equal(batch.partners, mixed.partners) and torch.equal(batch.share, mixed.share)
 
 
 # --- the head that stays ---

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from cifarlab import experiment
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.errors import NotARunError, RecipeError
-from cifarlab.evaluate import Predictions, Tta, choose_tta
+from cifarlab.evaluate import Predictions, Tta, choose_tta, predict
 from cifarlab.models import build_model
 from cifarlab.rundir import RunFolder
-from short_runs import CPU, make_dataset, normalised, run
+from cifarlab.seeds import derive_seed
+from short_runs import CPU, make_dataset, normalised, recipe, run
 
 AUGMENT = "augment={crop_padding: 4, flip: random}"
 
@@ -101,6 +102,34 @@ def test_a_number_averages_augmented_views_the_same_ones_each_time(
         experiment.score_run(
             folder.path, data_folder=None, device=CPU, report=lambda _: None, override=["evaluate.tta=mirror"]
         )
+
+
+def test_augmented_views_are_drawn_one_by_one_and_their_probabilities_averaged() -> None:
+    """Against the pipeline's own training images of as many draws; what comes back are logarithms of probabilities."""
+    plan = recipe(AUGMENT)
+    task = experiment.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None)
+    assert task.validation is not None
+    got = predict(task.network, task.store, task.validation, task.pipeline, 500, tta=3, seed=7)
+    pixels = next(iter(task.store.batches(task.validation, 500))).pixels
+    views = []
+    for number in range(3):
+        draws = task.pipeline.draw(derive_seed(7, "tta", number), 0, len(task.store))
+        with torch.no_grad():
+            views.append(task.network.model.eval()(task.pipeline.train(pixels, task.validation, draws)).softmax(1))
+    assert not torch.allclose(views[0], views[1])
+    torch.testing.assert_close(got.logits.exp(), torch.stack(views).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_stages_see_each_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they have kept of the images as they are must not stand in for those that are mirrored or moved."""
+    settings = ["model.freeze_stages=2", "train.epochs=1", "evaluate.tta=crops"]
+    noisy = make_dataset(noise=0.3)
+    kept, anew = (
+        run(tmp_path / cache, *settings, f"model.cache={cache}", dataset=noisy, monkeypatch=monkeypatch)
+        for cache in ("float32", "null")
+    )
+    assert kept.train_log()["tta"] == anew.train_log()["tta"]
+    assert (kept.test_log() or {})["tta"]["loss"] == (anew.test_log() or {})["tta"]["loss"]
 
 
 def predictions(right: int) -> Predictions:
