@@ -83,7 +83,7 @@ def ours(name: str, data: Path, device_name: str) -> Round:
         stop = StopRequest()
         clock = Clock(stop)
         run = RunFolder.create(Path(folder.name), recipe, datetime.now())
-        train(recipe, make_task(recipe, prepared, device, None), run, clock, stop, time.time())
+        train(recipe, make_task(recipe, prepared, device, None, lambda _: None), run, clock, stop, time.time())
         return timed * BATCH / clock.seconds
 
     return one_round

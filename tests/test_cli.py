@@ -77,6 +77,22 @@ def pictures(tmp_path: Path) -> Path:
             2,
             "can't see 128x128 and 64x64; give train.resolution and evaluate.resolution one side",
         ),
+        (["run", "ex1", "--data", "/nowhere", "--set", "model.freeze_stages=9"], 2, "model.freeze_stages is 9"),
+        (["run", "ex1", "--data", "/nowhere", "--set", "augment.translate=32"], 2, "augment.translate 32 moves"),
+        (
+            [
+                "run",
+                "ex1",
+                "--data",
+                "/no",
+                "--set",
+                "model.name=torchvision:swin_t",
+                "--set",
+                "optimizer.layer_decay=0.9",
+            ],
+            2,
+            "optimizer.layer_decay needs a network whose layers are known",
+        ),
         (["run", "ex1", "--dataset", "digits", "--set", "model.head=keep"], 2, "'ex1' has no head of its own to keep"),
         (
             ["run", "ex3", "--data", "/nowhere", "--set", "model.pretrained=w.pth"],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cifarlab.features import FrozenStages, Source
+from cifarlab.features import CacheKey, FrozenStages
 
 IMAGES = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -28,15 +26,25 @@ class Front(nn.Module):
         return output
 
 
-def stages(front: Front, dtype: torch.dtype = torch.float32, memory: int = 10**9) -> FrozenStages:
-    return FrozenStages(front, dtype, memory, torch.contiguous_format)
+def stages(
+    front: nn.Module, dtype: torch.dtype = torch.float32, memory: int = 10**9, said: list[str] | None = None
+) -> FrozenStages:
+    return FrozenStages(front, dtype, memory, torch.contiguous_format, (said if said is not None else []).append)
 
 
-def ask(frozen: FrozenStages, samples: list[int], version: int | None, rows: int = 20) -> Tensor:
+def ask(
+    frozen: FrozenStages,
+    samples: list[int],
+    version: int | None,
+    rows: int = 20,
+    keep: bool = True,
+    store: str = "train",
+    side: int = 8,
+) -> Tensor:
     """The outputs for some images of a version, which adds its number to every pixel."""
     index = torch.tensor(samples)
-    source = None if version is None else Source("train", 8, version)
-    return frozen(lambda: IMAGES[index] + (version or 0), index, source, len(IMAGES), rows)
+    key = None if version is None else CacheKey(store, side, version)
+    return frozen(lambda: IMAGES[index] + (version or 0), index, key, keep=keep, images=len(IMAGES), rows=rows)
 
 
 def expected(front: Front, samples: list[int], version: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,12 +107,61 @@ def test_what_will_not_come_again_is_not_kept() -> None:
     assert front.images == 4 and frozen.memory_left == before
 
 
-def test_images_of_another_store_or_resolution_are_others() -> None:
+def test_what_is_not_to_be_kept_is_not_but_what_was_is_recalled() -> None:
     front = Front()
     frozen = stages(front)
-    index = torch.arange(4)
-    for number, source in enumerate([Source("train", 8, 0), Source("validation", 8, 0), Source("train", 16, 0)]):
-        got = frozen(lambda number=number: IMAGES[index] * (1 + number), index, source, 4, 4)  # type: ignore[misc]
-        with torch.no_grad():
-            wanted: Any = front.layers(IMAGES[index] * (1 + number))
-        torch.testing.assert_close(got, wanted, atol=0, rtol=0)
+    before = frozen.memory_left
+    ask(frozen, [1, 2], 0, keep=False)
+    assert frozen.memory_left == before
+    ask(frozen, [1, 2], 0, rows=2)
+    assert front.images == 4
+    torch.testing.assert_close(ask(frozen, [2, 1], 0, rows=2, keep=False), expected(front, [2, 1]), atol=0, rtol=0)
+    assert front.images == 4 and frozen.record()["recalled"] == 2
+
+
+def test_images_of_another_store_or_resolution_are_others() -> None:
+    """A key tells them apart, whatever comes from `pixels`: here the version, as it is added to them."""
+    front = Front()
+    frozen = stages(front)
+    ask(frozen, [0, 1, 2], 0)
+    for store, side in (("validation", 8), ("train", 16)):
+        computed = front.images
+        torch.testing.assert_close(
+            ask(frozen, [0, 1, 2], 0, store=store, side=side), expected(front, [0, 1, 2]), atol=0, rtol=0
+        )
+        assert front.images == computed + 3
+
+
+def test_a_new_resolution_takes_the_place_of_the_one_before() -> None:
+    """There is memory for the validation images and one version of those for training."""
+    front, said = Front(), list[str]()
+    frozen = stages(front, memory=2 * 20 * 80 * 4, said=said)
+    everything = list(range(20))
+    ask(frozen, everything, 0, store="validation")
+    for side in (8, 16, 24):
+        ask(frozen, everything, 0, side=side)
+        computed = front.images
+        ask(frozen, everything, 0, side=side)
+        ask(frozen, everything, 0, store="validation")
+        assert front.images == computed
+    assert not said and frozen.record()["bytes"] == 2 * 20 * 80 * 4
+
+
+def test_what_does_not_fit_is_told_once() -> None:
+    front, said = Front(), list[str]()
+    frozen = stages(front, memory=20 * 80 * 4 - 1, said=said)
+    for version in (0, 1):
+        ask(frozen, [0, 1], version)
+    (sentence,) = said
+    assert "20 images takes 0 MB, more than the 0 MB left for it (model.cache_memory)" in sentence
+
+
+def test_a_front_that_gives_vectors_is_kept_as_well() -> None:
+    """All but the head frozen: a linear probe."""
+    front = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    frozen = stages(front, torch.bfloat16)
+    with torch.no_grad():
+        wanted = front(IMAGES[:4]).bfloat16().float()
+    for _ in range(2):
+        torch.testing.assert_close(ask(frozen, [0, 1, 2, 3], 0), wanted, atol=0, rtol=0)
+    assert frozen.record() == {"computed": 4, "recalled": 4, "bytes": 20 * 5 * 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ SGD = ("optimizer.name=sgd", "optimizer.lr=0.5", "optimizer.momentum=0", "optimi
 
 def a_task(*overrides: str) -> tuple[Any, Task]:
     plan = recipe(*overrides)
-    return plan, make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None)
+    return plan, make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
 
 
 def quiet(step: int, rate: float, loss: float) -> None:
@@ -86,7 +87,12 @@ def test_where_the_loss_never_falls_nothing_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "steps", "sentence"),
-    [(0, 1, 20, "--from 0 --to 1"), (0.1, 0.1, 20, "must rise"), (1e-3, 1, 9, "--steps 9 is too few")],
+    [
+        (0, 1, 20, "--from 0 --to 1"),
+        (0.1, math.inf, 20, "--to inf"),
+        (0.1, 0.1, 20, "must rise"),
+        (1e-3, 1, 9, "--steps 9 is too few"),
+    ],
 )
 def test_a_range_that_cannot_be_is_refused(low: float, high: float, steps: int, sentence: str) -> None:
     plan, task = a_task()
@@ -101,12 +107,21 @@ def test_a_loss_that_is_not_finite_from_the_start_is_refused() -> None:
         learning_rate_test(plan, task, low=1e-3, high=1, steps=20, progress=quiet)
 
 
-def test_a_frozen_backbone_stays_frozen() -> None:
-    plan, task = a_task("model.freeze_backbone.epochs=1")
+def test_it_tests_what_trains_in_the_end() -> None:
+    """A backbone that pauses first is part of it, frozen stages are not, and there is one resolution, the last."""
+    settings = ["model={name: timm:test_efficientnet, freeze_stages: 2, freeze_backbone: {epochs: 1}}"]
+    plan, task = a_task(*settings, "train.resolution=[[0, 32], [0.5, 48]]")
     before = copy.deepcopy(task.network.model.state_dict())
+    sides: set[int] = set()
+    task.network.model.register_forward_pre_hook(lambda module, inputs: sides.add(inputs[0].shape[2]))
+    frozen = task.network.frozen
+    assert frozen is not None
+    frozen.front.register_forward_pre_hook(lambda module, inputs: sides.add(inputs[0].shape[2]))
     learning_rate_test(plan, task, low=1e-3, high=1e-1, steps=10, progress=quiet)
-    changed = {name for name, value in task.network.model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"head.weight", "head.bias"}
+    assert sides == {48}
+    after = task.network.model.state_dict()
+    changed = {name.partition(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {"classifier", "conv_head"} <= changed and "conv_stem" not in changed
 
 
 def test_the_picture_has_the_curve_and_the_steepest_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +148,17 @@ def test_the_command_names_a_rate_and_draws(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "curve.png"
-    arguments = ["lr-find", "ex1", "--dataset", "digits", "--set", "train.batch_size=64", "--steps", 30, "--out", out]
+    arguments: list[object] = ["lr-find", "ex1", "--dataset", "digits", "--set", "train.batch_size=64"]
+    arguments += ["--set", "optimizer.head_lr=0.01", "--steps", 30, "--out", out]
     code, text, err = call(capsys, monkeypatch, *arguments)
     assert (code, err) == (0, "")
     assert "the loss falls fastest at a learning rate of " in text and f"picture: {out}" in text
-    rate = text.partition("--set optimizer.lr=")[2].split()[0]
-    assert 1e-6 < float(rate) < 1
+    command = shlex.split(text.partition("to use it: ")[2].partition("\n")[0])
+    assert command[:7] == ["cifarlab", "run", "ex1", "--dataset", "digits", "--set", "train.batch_size=64"]
+    rates = dict(word.split("=") for word in command[8::2])
+    assert 1e-6 < float(rates["optimizer.lr"]) < 1
+    # EX-1's rate is 1e-3, and the head's rises with it.
+    assert float(rates["optimizer.head_lr"]) == pytest.approx(10 * float(rates["optimizer.lr"]), rel=0.1)
     assert out.read_bytes().startswith(b"\x89PNG")
     code, _, err = call(capsys, monkeypatch, *arguments, "--from", 1)
     assert code == 2 and "--from 1 --to 1" in err and err.count("\n") == 1

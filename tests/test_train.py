@@ -22,7 +22,7 @@ from cifarlab.errors import DivergedError, NotARunError, RunError, StorageError
 from cifarlab.models import build_model
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Batch, EpochSums, Progress, StopRequest
+from cifarlab.train import EpochSums, Progress, StopRequest, TrainingBatch
 from short_runs import CPU, Quiet, make_dataset, normalised, recipe, run, without_times
 
 
@@ -385,7 +385,7 @@ def test_the_weighted_loss_of_an_epoch_is_a_weighted_mean_over_its_images() -> N
     sums = EpochSums(CPU)
     for part in (slice(0, 40), slice(40, 50)):
         loss = F.cross_entropy(logits[part], labels[part], weight=weights)
-        sums.add(0, loss, logits[part], Batch(logits[part], labels[part]), weights)
+        sums.add(0, loss, logits[part], TrainingBatch(logits[part], labels[part]), weights)
     expected = F.cross_entropy(logits, labels, weight=weights).item()
     assert sums.means()[0] == pytest.approx(expected, rel=1e-6)
 

@@ -17,10 +17,10 @@ from cifarlab import experiment
 from cifarlab.data.batches import in_batches
 from cifarlab.data.mixing import mix
 from cifarlab.data.prepare import prepare
-from cifarlab.evaluate import Network
+from cifarlab.evaluate import Classifier
 from cifarlab.models import build_model
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Batch, EpochSums, backward, make_batches, total_weight
+from cifarlab.train import EpochSums, TrainingBatch, backward, make_batches, total_weight
 from short_runs import CPU, make_dataset, normalised, recipe, run, without_times
 
 EVERY_STEP = ["train.checkpoint_every.steps=1", "train.keep=1000"]
@@ -104,21 +104,25 @@ class Plain(nn.Module):
 
 
 def gradients(
-    batch: Batch, accumulate: int, class_weights: Tensor | None, label_smoothing: float = 0.1
+    batch: TrainingBatch, accumulate: int, class_weights: Tensor | None, label_smoothing: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor]:
     model = Plain()
     plan = recipe("train.batch_size=9", f"train.accumulate={accumulate}", f"loss.label_smoothing={label_smoothing}")
-    task: Any = SimpleNamespace(network=Network(model, model, None, 4), class_weights=class_weights)
+    task: Any = SimpleNamespace(network=Classifier(model, model, None, 4), class_weights=class_weights)
     loss, logits = backward(plan, task, batch)
     assert model.layer.weight.grad is not None
     return model.layer.weight.grad, loss, logits
 
 
-def make_batch(mixed: bool) -> Batch:
+def make_batch(mixed: bool) -> TrainingBatch:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(9, 12, generator=generator)
     labels, partners = (torch.randint(0, 4, (9,), generator=generator) for _ in range(2))
-    return Batch(inputs, labels, partners, torch.rand(9, generator=generator)) if mixed else Batch(inputs, labels)
+    return (
+        TrainingBatch(inputs, labels, partners, torch.rand(9, generator=generator))
+        if mixed
+        else TrainingBatch(inputs, labels)
+    )
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -137,7 +141,7 @@ def test_no_part_is_larger_than_it_needs_to_be() -> None:
     model, sizes = Plain(), []
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     plan = recipe("train.batch_size=9", "train.accumulate=4")
-    task: Any = SimpleNamespace(network=Network(model, model, None, 4), class_weights=None)
+    task: Any = SimpleNamespace(network=Classifier(model, model, None, 4), class_weights=None)
     backward(plan, task, make_batch(mixed=False))
     assert sizes == [3, 3, 3]
 
@@ -159,7 +163,7 @@ def test_a_mixed_image_is_right_where_its_heavier_label_is_found() -> None:
     sums = EpochSums(CPU)
     labels, partners, share = torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1]), torch.tensor([0.7, 0.3, 0.7])
     said = F.one_hot(torch.tensor([0, 1, 1]), 2).float()
-    sums.add(0, torch.tensor(1.0), said, Batch(torch.zeros(3), labels, partners, share), None)
+    sums.add(0, torch.tensor(1.0), said, TrainingBatch(torch.zeros(3), labels, partners, share), None)
     assert sums.means() == pytest.approx((1.0, 2 / 3))
 
 
@@ -263,6 +267,34 @@ def test_a_cache_is_for_one_resolution(tmp_path: Path, monkeypatch: pytest.Monke
     assert without_times(first.train_log()) == without_times(second.train_log())
 
 
+def test_what_will_not_come_again_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two versions in two epochs: of the training images nothing is kept, of the 20 for validation all."""
+    settings = ["augment={flip: random, views: 2}", "model.freeze_stages=2", "train.epochs=2", "evaluate.test=false"]
+    record = run(tmp_path / "a", *settings, monkeypatch=monkeypatch).train_log()["frozen_stages"]
+    assert record["computed"] == 2 * 180 + 20 + 20 and record["recalled"] == 20 + 20
+    longer = run(tmp_path / "b", *settings, "train.epochs=3", monkeypatch=monkeypatch).train_log()["frozen_stages"]
+    assert longer["bytes"] == record["bytes"] * (20 + 180) / 20
+
+
+def test_frozen_stages_without_versions_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["augment={flip: random}", "model.freeze_stages=2", "train.epochs=1"]
+    first, second = (
+        run(tmp_path / cache, *settings, f"model.cache={cache}", monkeypatch=monkeypatch)
+        for cache in ("null", "bfloat16")
+    )
+    assert without_times(first.train_log()) == without_times(second.train_log())
+    assert second.train_log()["frozen_stages"] is None
+
+
+def test_all_but_the_head_can_be_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear probe, whose features have no height and width, is that of running the backbone every time."""
+    settings = ["model.freeze_stages=4", "train.epochs=3", "model.cache=float32"]
+    probe = run(tmp_path / "a", *settings, monkeypatch=monkeypatch)
+    anew = run(tmp_path / "b", *settings, "model.cache=null", monkeypatch=monkeypatch)
+    assert without_times(probe.train_log()) == without_times(anew.train_log())
+    assert probe.train_log()["frozen_stages"]["computed"] == 180 + 20 + 20
+
+
 @pytest.mark.parametrize(("settings", "versions"), [(VIEWS, 2), (["model.freeze_stages=2"], 1)])
 def test_the_front_of_the_network_runs_once_for_each_version(
     settings: list[str], versions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -346,7 +378,7 @@ def test_resolution_grows_at_the_shares_that_the_recipe_says(monkeypatch: pytest
         "train.resolution=[[0, 16], [0.3, 24], [0.8, 32]]",
         "augment.crop_padding=4",
     )
-    task = experiment.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None)
+    task = experiment.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
     batches = make_batches(plan, task, 0, 10)
     sides = [next(batches).inputs.shape[2:] for _ in range(12)]
     assert sides == [(16, 16)] * 3 + [(24, 24)] * 5 + [(32, 32)] * 4
@@ -361,7 +393,7 @@ def test_each_step_mixes_its_own_batch(alphas: tuple[float, float]) -> None:
     plain = recipe("train.batch_size=60")
     mixup, cutmix = alphas
     mixing = recipe("train.batch_size=60", f"loss.mixup={mixup}", f"loss.cutmix={cutmix}")
-    task = experiment.make_task(plain, prepare(make_dataset(), plain.data, 0), CPU, None)
+    task = experiment.make_task(plain, prepare(make_dataset(), plain.data, 0), CPU, None, lambda _: None)
     batches = zip(make_batches(plain, task, 0, 5), make_batches(mixing, task, 0, 5), strict=False)
     for step, (plain_batch, batch) in enumerate(itertools.islice(batches, 5)):
         mixed = mix(plain_batch.inputs, plain_batch.labels, mixup=mixup, cutmix=cutmix, seed=0, step=step)

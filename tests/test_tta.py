@@ -107,7 +107,7 @@ def test_a_number_averages_augmented_views_the_same_ones_each_time(
 def test_augmented_views_are_drawn_one_by_one_and_their_probabilities_averaged() -> None:
     """Against the pipeline's own training images of as many draws; what comes back are logarithms of probabilities."""
     plan = recipe(AUGMENT)
-    task = experiment.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None)
+    task = experiment.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
     assert task.validation is not None
     got = predict(task.network, task.store, task.validation, task.pipeline, 500, tta=3, seed=7)
     pixels = next(iter(task.store.batches(task.validation, 500))).pixels

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore
-from cifarlab.features import FrozenStages, Source
+from cifarlab.features import CacheKey, FrozenStages
 from cifarlab.seeds import derive_seed
 
 # `evaluate.tta`: none, mirrored as well, five places mirrored and not, or so many augmented versions.
@@ -43,7 +43,7 @@ class Predictions:
 
 
 @dataclass(frozen=True, eq=False)
-class Network:
+class Classifier:
     """A model as it is run: its frozen stages apart where they are, and how many of its outputs are classes.
 
     model: all of it. rest: what comes after `frozen`; the model itself where nothing is apart.
@@ -57,7 +57,7 @@ class Network:
 
 @torch.inference_mode()
 def predict(
-    network: Network,
+    network: Classifier,
     store: ImageStore,
     samples: Tensor,
     pipeline: Pipeline,
@@ -74,7 +74,7 @@ def predict(
     of them is kept. Leaves every part of the model in the mode it was in. What is returned is on the CPU.
     """
     views = _views(pipeline, tta, seed, len(store))
-    source = Source(remember, pipeline.output_size[0], 0) if remember is not None and tta is None else None
+    key = CacheKey(remember, pipeline.output_size[0], 0) if remember is not None and tta is None else None
     logits, labels = [], []
     with _evaluating(network.model):
         for batch in store.batches(samples, batch_size):
@@ -83,9 +83,8 @@ def predict(
                 if network.frozen is None:
                     inputs = view.of(pipeline, batch)
                 else:
-                    inputs = network.frozen(
-                        partial(view.of, pipeline, batch), batch.samples, source, len(store), len(samples)
-                    )
+                    make = partial(view.of, pipeline, batch)
+                    inputs = network.frozen(make, batch.samples, key, keep=True, images=len(store), rows=len(samples))
                 outputs.append(network.rest(inputs)[:, : network.classes].float())
             logits.append(outputs[0] if tta is None else _log_mean_probability(outputs))
             labels.append(batch.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import subprocess
 import sys
@@ -24,11 +25,12 @@ from cifarlab.data.sources import dataset_shape, load_dataset
 from cifarlab.data.split import balanced_choice
 from cifarlab.download import Report
 from cifarlab.errors import NotARunError, RunError
-from cifarlab.evaluate import Network, Predictions, Tta, choose_tta, predict
+from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict
 from cifarlab.features import FrozenStages
-from cifarlab.models import build_model, channels_last_on_cpu, check_size, outputs
+from cifarlab.models import build_model, channels_last_on_cpu, check_size, outline, outputs
 from cifarlab.models.chain import chain, freeze, verified_chain
 from cifarlab.models.weights import Weights, find_weights, load_weights
+from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, make_recipe
 from cifarlab.rundir import RunFolder
 from cifarlab.train import Average, Display, StopRequest, Task, mark, train
@@ -37,15 +39,19 @@ from cifarlab.train import Average, Display, StopRequest, Task, mark, train
 def check_plans(plans: Sequence[Recipe], runs: Path, report: Report) -> None:
     """Refuse what can be known to fail before images are read or downloaded; pretrained weights are fetched.
 
-    Raises RecipeError for an unknown network, images or classes that it can't take, and a file of weights that isn't
-    there; DataError for a folder that is not there, DownloadError for weights that are not to be had, StorageError
-    where the run folders can't be made.
+    Raises RecipeError for an unknown network, for what it can't do and for a file of weights that isn't there;
+    DataError for a folder that is not there, DownloadError for weights that are not to be had, StorageError where the
+    run folders can't be made.
     """
     for plan in plans:
         classes, own_side = dataset_shape(plan.datasets[0])
-        sides = [plan.evaluation_side, *plan.sides]
-        check_size(plan.model, *((side or own_side, side or own_side) for side in sides))
-        outputs(plan.model, classes)
+        sizes = [(side or own_side, side or own_side) for side in (plan.evaluation_side, *plan.sides)]
+        check_size(plan.model, *sizes)
+        model = outline(plan.model, classes=classes, size=sizes[0])
+        freeze(model, plan.model.freeze_stages)
+        parameter_groups(plan.optimizer, model)
+        for side in plan.sides:
+            _pipeline(plan, side, (own_side, own_side), (0, 0, 0), (1, 1, 1), torch.device("cpu"))
     files.make_folder(runs)
     for plan in plans:
         find_weights(plan.model, report)
@@ -78,8 +84,8 @@ def run_experiment(
         for finding in _findings(prepared):
             report(finding)
         weights = find_weights(recipe.model, report)
-        task = make_task(recipe, prepared, device, weights)
-        if recipe.model.freeze_stages and recipe.model.cache and task.network.frozen is None:
+        task = make_task(recipe, prepared, device, weights, report)
+        if recipe.caches and task.network.frozen is None:
             report(f"the frozen stages of '{recipe.model.name}' can't be run apart: they are computed at every step")
         run = RunFolder.create(runs, recipe, datetime.now())
         report(f"run folder: {run.path}")
@@ -87,8 +93,9 @@ def run_experiment(
             run.write_environment(_environment(dataset, prepared, device, task, weights))
             train(recipe, task, run, display, stop, process_started)
             log = run.train_log()
-            plots.loss_curve(run.path / "loss.png", log["epochs"], log["best_epoch"])
-            plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], log["best_epoch"])
+            best = log["best_epoch"], log["best_weights"]
+            plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
+            plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
             if log["status"] == "finished" and recipe.evaluate.test:
                 _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
         except (KeyboardInterrupt, SystemExit):
@@ -192,10 +199,10 @@ def _score(
     numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
     try:
         mean, std = state["mean"], state["std"]
-        pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers)
+        pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers.memory_format)
         model = _model(recipe, len(prepared.classes), pipeline.output_size, None, device, numbers)
         model.load_state_dict(state["model"])
-        network = _network(recipe, model, len(prepared.classes), pipeline.output_size, device, numbers)
+        network = Classifier(model, model, None, len(prepared.classes))
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise NotARunError(f"{run.path / 'best.pth'} does not fit the recipe's network: {reason}") from error
@@ -255,20 +262,22 @@ def _score(
     return log
 
 
-def make_task(recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None) -> Task:
+def make_task(
+    recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None, report: Report
+) -> Task:
     """The network, the images and the pipelines of a run, on the device. Raises RecipeError where they do not fit."""
     store = _store(prepared.train, recipe, device)
     mean, std = prepared.mean, prepared.std
     if weights is not None and weights.mean is not None and weights.std is not None:
         mean, std = weights.mean, weights.std
     numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
-    pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers)
+    pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers.memory_format)
     pipelines = tuple(
-        (share, _pipeline(recipe, side, store.image_size, mean, std, device, numbers))
+        (share, _pipeline(recipe, side, store.image_size, mean, std, device, numbers.memory_format))
         for share, side in recipe.train.resolutions
     )
     model = _model(recipe, len(prepared.classes), pipeline.output_size, weights, device, numbers)
-    network = _network(recipe, model, len(prepared.classes), pipeline.output_size, device, numbers)
+    network = _network(recipe, model, len(prepared.classes), pipeline.output_size, device, numbers, report)
     average = None
     if recipe.train.ema is not None:
         from timm.utils.model_ema import ModelEmaV3  # half a second
@@ -277,7 +286,7 @@ def make_task(recipe: Recipe, prepared: Prepared, device: torch.device, weights:
         rest = ema.module
         if network.frozen is not None and (parts := chain(rest)) is not None:
             rest = parts.rest(recipe.model.freeze_stages)
-        average = Average(ema, Network(ema.module, rest, network.frozen, network.classes))
+        average = Average(ema, Classifier(ema.module, rest, network.frozen, network.classes))
     validation_store = sample = None
     if prepared.validation is not None:
         shared = prepared.validation.images is prepared.train.images
@@ -314,7 +323,7 @@ def _pipeline(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-    numbers: numerics.Numerics,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Pipeline:
     return Pipeline(
         size=size,
@@ -325,7 +334,7 @@ def _pipeline(
         mean=mean,
         std=std,
         device=device,
-        memory_format=numbers.memory_format,
+        memory_format=memory_format,
     )
 
 
@@ -352,16 +361,23 @@ def _network(
     size: tuple[int, int],
     device: torch.device,
     numbers: numerics.Numerics,
-) -> Network:
+    report: Report,
+) -> Classifier:
     """The model with its frozen stages apart, where they are to be cached and it can be taken apart."""
     section = recipe.model
-    parts = verified_chain(model, size[0]) if section.freeze_stages and section.cache else None
+    parts = verified_chain(model, size[0]) if recipe.caches else None
     if parts is None:
-        return Network(model, model, None, classes)
-    memory = machine.free_memory(device) // 2 if section.cache_memory is None else section.cache_memory * 1_000_000
+        return Classifier(model, model, None, classes)
+    memory = _cache_memory(device) if section.cache_memory is None else section.cache_memory * 1_000_000
     dtype = torch.bfloat16 if section.cache == "bfloat16" else torch.float32
-    frozen = FrozenStages(parts.front(section.freeze_stages), dtype, memory, numbers.memory_format)
-    return Network(model, parts.rest(section.freeze_stages), frozen, classes)
+    frozen = FrozenStages(parts.front(section.freeze_stages), dtype, memory, numbers.memory_format, report)
+    return Classifier(model, parts.rest(section.freeze_stages), frozen, classes)
+
+
+@functools.cache
+def _cache_memory(device: torch.device) -> int:
+    """Half of the memory that was free at first: what a run gives back to the process, the next one finds taken."""
+    return machine.free_memory(device) // 2
 
 
 def _store(part: Part, recipe: Recipe, device: torch.device) -> ImageStore:

@@ -6,6 +6,7 @@ is fastai's.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from cifarlab.errors import DivergedError, UsageError
-from cifarlab.models.chain import freeze_backbone, set_mode
+from cifarlab.models.chain import set_mode
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
 from cifarlab.schedule import Values
@@ -45,20 +46,19 @@ def learning_rate_test(
 ) -> LearningRateTest:
     """Take `steps` training steps with learning rates from `low` to `high`, evenly on a logarithmic scale.
 
-    All else is the recipe's own; learning rates of groups keep their proportions. The task's model is used up.
+    All else is the recipe's own, as it is at its end: the last resolution, and nothing paused by `freeze_backbone`.
+    Learning rates of groups keep their proportions. The task's model is used up.
     progress: called with each step's number, rate and smoothed loss. Raises UsageError for a range or a number of steps
     that can't be, DivergedError where the loss is not finite from the start.
     """
-    if not 0 < low < high:
+    if not 0 < low < high < math.inf:
         raise UsageError(f"the learning rate must rise from more than 0: --from {low:g} --to {high:g} does not")
     if steps < 10:
         raise UsageError(f"--steps {steps} is too few to see a curve; give at least 10")
-    model, stages = task.network.model, recipe.model.freeze_stages
+    model = task.network.model
     optimizer = build_optimizer(recipe.optimizer, model)
-    frozen = recipe.model.freeze_backbone is not None
-    freeze_backbone(model, stages, frozen=frozen)
-    set_mode(model, stages, backbone=frozen)
-    batches = make_batches(recipe, task, 0, steps)
+    set_mode(model, recipe.model.freeze_stages, backbone=False)
+    batches = make_batches(recipe, dataclasses.replace(task, pipelines=((0.0, task.pipelines[-1][1]),)), 0, steps)
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0

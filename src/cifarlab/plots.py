@@ -31,22 +31,36 @@ TOP_CONFUSIONS = 25
 NAME_LENGTH = 18
 
 
-def loss_curve(path: Path, epochs: Sequence[Mapping[str, Any]], best_epoch: int | None, *, title: str = "Loss") -> None:
+def loss_curve(
+    path: Path,
+    epochs: Sequence[Mapping[str, Any]],
+    best_epoch: int | None,
+    best_weights: str | None = "raw",
+    *,
+    title: str = "Loss",
+) -> None:
     """Write training and validation loss by epoch as a PNG, with the best epoch marked.
 
     epochs: the entries of `train.json` (`epoch`, `train_loss`, `val_loss` …); None or NaN is a gap. best_epoch: counted
-    from 1; None marks nothing. Raises StorageError.
+    from 1; None marks nothing. best_weights: `ema` where the moving average was the best. Raises StorageError.
     """
     with _plain_style():
-        _write(path, _curves(epochs, best_epoch, "loss", title=title, label="loss (cross-entropy)"))
+        best = _best(epochs, best_epoch, best_weights, "loss")
+        _write(path, _curves(epochs, best, "loss", title=title, label="loss (cross-entropy)"))
 
 
 def accuracy_curve(
-    path: Path, epochs: Sequence[Mapping[str, Any]], best_epoch: int | None, *, title: str = "Accuracy"
+    path: Path,
+    epochs: Sequence[Mapping[str, Any]],
+    best_epoch: int | None,
+    best_weights: str | None = "raw",
+    *,
+    title: str = "Accuracy",
 ) -> None:
     """The same as `loss_curve`, of `train_accuracy` and `val_accuracy`."""
     with _plain_style():
-        _write(path, _curves(epochs, best_epoch, "accuracy", title=title, label="accuracy"))
+        best = _best(epochs, best_epoch, best_weights, "accuracy")
+        _write(path, _curves(epochs, best, "accuracy", title=title, label="accuracy"))
 
 
 def learning_rate_curve(
@@ -99,8 +113,20 @@ def _printable(text: str) -> str:
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c).startswith("C") else c for c in line)
 
 
+def _best(
+    epochs: Sequence[Mapping[str, Any]], best_epoch: int | None, best_weights: str | None, quantity: str
+) -> tuple[int, float] | None:
+    """The best epoch and its validation figure (training, without validation); None where there is none to mark."""
+    for entry in epochs:
+        if entry["epoch"] == best_epoch:
+            parts = ("ema_val" if best_weights == "ema" else "val", "train")
+            heights = (_height(entry.get(f"{part}_{quantity}")) for part in parts)
+            return next(((entry["epoch"], height) for height in heights if math.isfinite(height)), None)
+    return None
+
+
 def _curves(
-    epochs: Sequence[Mapping[str, Any]], best_epoch: int | None, quantity: str, *, title: str, label: str
+    epochs: Sequence[Mapping[str, Any]], best: tuple[int, float] | None, quantity: str, *, title: str, label: str
 ) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -121,9 +147,8 @@ def _curves(
         if finite:
             axes.plot(numbers, heights, color=colour, label=name, marker=marker, markersize=4, linewidth=1.8)
             drawn += finite
-    for entry in epochs:
-        if entry["epoch"] == best_epoch:
-            _mark_best(axes, entry, quantity)
+    if best is not None:
+        _mark_best(axes, *best, quantity)
 
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
@@ -144,23 +169,12 @@ def _curves(
     return figure
 
 
-_VALIDATED = ("val", "ema_val")
-
-
-def _mark_best(axes: Axes, best: Mapping[str, Any], quantity: str) -> None:
-    """A line and a diamond at the best epoch; its validation figure (training, without validation) in the legend."""
-    # Of the weights and their average, best.pth holds the one that validates better, by accuracy and then by loss.
-    scored = [(_height(best.get(f"{part}_accuracy")), -_height(best.get(f"{part}_loss")), part) for part in _VALIDATED]
-    finite = [score for score in scored if math.isfinite(score[0])]
-    height = _height(best.get(f"{max(finite)[2] if finite else 'val'}_{quantity}"))
-    if not math.isfinite(height):
-        height = _height(best.get(f"train_{quantity}"))
-    if not math.isfinite(height):
-        return
+def _mark_best(axes: Axes, epoch: int, height: float, quantity: str) -> None:
+    """A line and a diamond at the best epoch, and its figure in the legend."""
     words = f"{height:.2%}" if quantity == "accuracy" else f"{height:.4f}"
-    axes.axvline(best["epoch"], color=BEST, linestyle="--", linewidth=1.2, zorder=1)
+    axes.axvline(epoch, color=BEST, linestyle="--", linewidth=1.2, zorder=1)
     axes.plot(
-        [best["epoch"]],
+        [epoch],
         [height],
         color=BEST,
         marker="D",
@@ -170,7 +184,7 @@ def _mark_best(axes: Axes, best: Mapping[str, Any], quantity: str) -> None:
         linestyle="none",
         clip_on=False,
         zorder=4,
-        label=f"best epoch {best['epoch']}: {words}",
+        label=f"best epoch {epoch}: {words}",
     )
 
 

@@ -111,7 +111,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _cached_features_are_not_mixed(self) -> Self:
-        if self.model.freeze_stages and self.model.cache and (self.loss.mixup or self.loss.cutmix):
+        if self.caches and (self.loss.mixup or self.loss.cutmix):
             raise ValueError(
                 "loss.mixup and loss.cutmix blend images, and model.cache keeps what frozen stages made of one image: "
                 "set model.cache to null, or mixup and cutmix to 0"
@@ -142,6 +142,11 @@ class Recipe(Section):
     def largest_side(self) -> int | None:
         """The side that images need to be stored at; None: as they are."""
         return max((side for side in self.sides if side is not None), default=None)
+
+    @property
+    def caches(self) -> bool:
+        """Whether what frozen stages compute is kept: there are some, and images come again as they were."""
+        return self.model.freeze_stages > 0 and self.model.cache is not None and self.augment.cycle is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (JSON types), in the order of the fields."""

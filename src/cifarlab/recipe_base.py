@@ -26,6 +26,15 @@ class Duration(Section):
     minutes: Real | None = Field(default=None, ge=0, description="minutes of training time")
     share: Real | None = Field(default=None, ge=0, le=1, description="share of the whole run, from 0 to 1")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, dict | Duration):
+            raise ValueError(
+                f"expected a length such as {{epochs: 1}}, {{steps: 500}} or {{share: 0.1}}, not {value!r}"
+            )
+        return value
+
     @model_validator(mode="after")
     def _exactly_one_unit(self) -> Duration:
         given = [unit for unit in type(self).model_fields if getattr(self, unit) is not None]

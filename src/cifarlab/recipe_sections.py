@@ -29,7 +29,8 @@ class Data(Section):
 
 class Augment(Section):
     """What happens to training images, in this order. Lengths are pixels of the last `train.resolution`; where the
-    resolution grows they shrink with it at the beginning."""
+    resolution grows they shrink with it at the beginning. (TrivialAugment's own are 32 pixels at any size, as its
+    authors and torchvision have it.)"""
 
     flip: Literal["random", "alternating"] | None = Field(
         None,
@@ -67,6 +68,20 @@ class Augment(Section):
         """Whether images differ from epoch to epoch."""
         return any(value for name, value in self if name not in ("rand_augment_ops", "rand_augment_magnitude", "views"))
 
+    @property
+    def cycle(self) -> int | None:
+        """After how many epochs images come again as they were; None: never."""
+        return self.views if self.random else 1
+
+    @model_validator(mode="after")
+    def _alternating_views_are_even(self) -> Augment:
+        if self.flip == "alternating" and self.views is not None and self.views % 2:
+            raise ValueError(
+                f"views {self.views} is odd, and with flip 'alternating' each image takes turns: make it even, or flip "
+                "random"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_shift(self) -> Augment:
         if self.crop_padding and self.translate:
@@ -74,9 +89,15 @@ class Augment(Section):
         return self
 
 
+def _check_pretrained(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, str) and value.endswith((".safetensors", ".pth", ".pt"))):
+        return value
+    raise ValueError(f"expected true, false or the path of a .safetensors or .pth file, not {value!r}")
+
+
 class Model(Section):
     name: str = Field(description="the network; 'cifarlab models' lists them")
-    pretrained: Boolean | str = Field(
+    pretrained: Annotated[Boolean | str, BeforeValidator(_check_pretrained)] = Field(
         False, description="start from pretrained weights: true, or a .safetensors or .pth file"
     )
     head: Literal["new", "keep"] = Field(
@@ -95,23 +116,17 @@ class Model(Section):
         None, ge=1, description="MB that the cache may take; what doesn't fit is computed anew; null: half the free"
     )
 
-    @model_validator(mode="after")
-    def _path_is_a_weights_file(self) -> Model:
-        if isinstance(self.pretrained, str) and not self.pretrained.endswith((".safetensors", ".pth", ".pt")):
-            raise ValueError(
-                f"pretrained: expected true, false or the path of a .safetensors or .pth file, not {self.pretrained!r}"
-            )
-        return self
-
 
 class Loss(Section):
     label_smoothing: Real = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     class_weights: Literal["balanced"] | None = Field(
         None, description="balanced: weigh each class by images / (classes x images of the class)"
     )
-    mixup: Real = Field(0.0, ge=0, description="alpha: blend each image with another, shares from Beta(alpha, alpha)")
+    mixup: Real = Field(
+        0.0, ge=0, le=100, description="alpha: blend each image with another, shares from Beta(alpha, alpha)"
+    )
     cutmix: Real = Field(
-        0.0, ge=0, description="alpha: paste a rectangle of another image, its area from Beta(alpha, alpha)"
+        0.0, ge=0, le=100, description="alpha: paste a rectangle of another image, its area from Beta(alpha, alpha)"
     )
 
 

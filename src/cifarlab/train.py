@@ -24,14 +24,13 @@ from cifarlab.data.augment import Pipeline
 from cifarlab.data.batches import ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import mix
 from cifarlab.errors import DivergedError, RunError
-from cifarlab.evaluate import Network, Predictions, Tta, choose_tta, predict
-from cifarlab.features import Source
+from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict
+from cifarlab.features import CacheKey
 from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze_backbone, set_mode
 from cifarlab.numerics import Numerics
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
-from cifarlab.recipe_sections import Augment
 from cifarlab.rundir import RunFolder
 from cifarlab.schedule import values as schedule_values
 from cifarlab.seeds import derive_seed
@@ -48,7 +47,7 @@ class Average:
     """
 
     ema: Any  # timm.utils.ModelEmaV3
-    network: Network
+    network: Classifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +62,7 @@ class Task:
     state, so that it can be used on its own.
     """
 
-    network: Network
+    network: Classifier
     average: Average | None
     pipelines: tuple[tuple[float, Pipeline], ...]
     pipeline: Pipeline
@@ -78,7 +77,7 @@ class Task:
     description: dict[str, Any]
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """inputs: what the part of the network that trains takes, float32 (B, …). labels: int64 (B,).
 
     partners: int64 (B,), the labels of the images mixed in, and share: float32 (B,), the weight of the own label; None
@@ -151,7 +150,7 @@ class EpochSums:
         self.images = 0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def add(self, step: int, loss: Tensor, logits: Tensor, batch: Batch, class_weights: Tensor | None) -> None:
+    def add(self, step: int, loss: Tensor, logits: Tensor, batch: TrainingBatch, class_weights: Tensor | None) -> None:
         """loss: the batch's (weighted) mean; logits (B, K). A mixed image's label is the one with more weight."""
         loss = loss.detach()
         labels = batch.labels
@@ -399,22 +398,33 @@ def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | Non
         run.write_train_log({**log, "error": reason} if reason else log)
 
 
-def make_batches(recipe: Recipe, task: Task, step: int, total_steps: int) -> Iterator[Batch]:
+def make_batches(recipe: Recipe, task: Task, step: int, total_steps: int) -> Iterator[TrainingBatch]:
     """What each step trains on, from `step` on, without end: images augmented and mixed, frozen stages behind them."""
     batch_size, network = recipe.train.batch_size, task.network
     steps_per_epoch = len(in_batches(task.train, batch_size))
+
+    def pipeline_at(step: int) -> Pipeline:
+        return next(pipeline for share, pipeline in reversed(task.pipelines) if step >= share * total_steps)
+
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         order = epoch_order(task.train, recipe.seed, epoch)[done * batch_size :]
         draws = task.pipeline.draw(recipe.seed, epoch, len(task.store))
-        version = _version(recipe.augment, epoch)
         for found in task.store.batches(order, batch_size):
-            pipeline = next(p for share, p in reversed(task.pipelines) if step >= share * total_steps)
+            pipeline = pipeline_at(step)
             if network.frozen is not None:
-                source = Source("train", pipeline.output_size[0], version) if version is not None else None
-                augmented = partial(pipeline.train, found.pixels, found.samples, draws)
-                inputs = network.frozen(augmented, found.samples, source, len(task.store), len(task.train))
-                yield Batch(inputs, found.labels)
+                cycle = recipe.augment.cycle
+                assert cycle is not None  # else nothing comes again, and frozen stages are not apart
+                again = step + cycle * steps_per_epoch
+                inputs = network.frozen(
+                    partial(pipeline.train, found.pixels, found.samples, draws),
+                    found.samples,
+                    CacheKey("train", pipeline.output_size[0], epoch % cycle),
+                    keep=again < total_steps and pipeline_at(again) is pipeline,
+                    images=len(task.store),
+                    rows=len(task.train),
+                )
+                yield TrainingBatch(inputs, found.labels)
             elif recipe.loss.mixup or recipe.loss.cutmix:
                 pixels = pipeline.train(found.pixels, found.samples, draws)
                 mixed = mix(
@@ -425,20 +435,13 @@ def make_batches(recipe: Recipe, task: Task, step: int, total_steps: int) -> Ite
                     seed=recipe.seed,
                     step=step,
                 )
-                yield Batch(mixed.pixels, found.labels, mixed.partners, mixed.share)
+                yield TrainingBatch(mixed.pixels, found.labels, mixed.partners, mixed.share)
             else:
-                yield Batch(pipeline.train(found.pixels, found.samples, draws), found.labels)
+                yield TrainingBatch(pipeline.train(found.pixels, found.samples, draws), found.labels)
             step += 1
 
 
-def _version(augment: Augment, epoch: int) -> int | None:
-    """Which version of its images an epoch shows; None where it will not come again."""
-    if not augment.random:
-        return 0
-    return epoch % augment.views if augment.views is not None else None
-
-
-def backward(recipe: Recipe, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
+def backward(recipe: Recipe, task: Task, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
     """Add the gradients of the batch's mean loss, in `train.accumulate` parts.
 
     Returns the loss, a scalar, and the logits of the classes, float32 (B, K), both without a graph.
@@ -460,8 +463,8 @@ def backward(recipe: Recipe, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
     return total, torch.cat(outputs)
 
 
-def _rows(batch: Batch, begin: int, end: int) -> Batch:
-    return Batch(
+def _rows(batch: TrainingBatch, begin: int, end: int) -> TrainingBatch:
+    return TrainingBatch(
         batch.inputs[begin:end],
         batch.labels[begin:end],
         batch.partners[begin:end] if batch.partners is not None else None,
@@ -469,7 +472,7 @@ def _rows(batch: Batch, begin: int, end: int) -> Batch:
     )
 
 
-def _loss(logits: Tensor, batch: Batch, class_weights: Tensor | None, label_smoothing: float) -> Tensor:
+def _loss(logits: Tensor, batch: TrainingBatch, class_weights: Tensor | None, label_smoothing: float) -> Tensor:
     """Mean cross-entropy over the batch, weighted by class; a mixed image's is the mixture of its two labels'."""
     if batch.partners is None or batch.share is None:
         return F.cross_entropy(logits, batch.labels, weight=class_weights, label_smoothing=label_smoothing)
@@ -480,7 +483,7 @@ def _loss(logits: Tensor, batch: Batch, class_weights: Tensor | None, label_smoo
     return (batch.share * own + (1 - batch.share) * other).sum() / total_weight(batch, class_weights)
 
 
-def total_weight(batch: Batch, class_weights: Tensor | None) -> Tensor | int:
+def total_weight(batch: TrainingBatch, class_weights: Tensor | None) -> Tensor | int:
     """What a batch counts for in a mean: its images, or the sum of their class weights."""
     if class_weights is None:
         return len(batch.labels)
@@ -490,7 +493,7 @@ def total_weight(batch: Batch, class_weights: Tensor | None) -> Tensor | int:
     return (batch.share * own + (1 - batch.share) * class_weights[batch.partners]).sum()
 
 
-def validate(network: Network, task: Task, recipe: Recipe, tta: Tta = None) -> Predictions:
+def validate(network: Classifier, task: Task, recipe: Recipe, tta: Tta = None) -> Predictions:
     """Predictions of the validation images, of which there are some."""
     assert task.validation_store is not None
     assert task.validation is not None
@@ -506,7 +509,7 @@ def validate(network: Network, task: Task, recipe: Recipe, tta: Tta = None) -> P
     )
 
 
-def _validate(network: Network | None, task: Task, recipe: Recipe) -> tuple[float | None, float | None]:
+def _validate(network: Classifier | None, task: Task, recipe: Recipe) -> tuple[float | None, float | None]:
     """Loss and accuracy on the validation images; None where there are none, and for a loss that is not finite."""
     if network is None or task.validation is None:
         return None, None

@@ -189,10 +189,12 @@ def _summary(console: Any, run: RunFolder) -> None:
     log = run.train_log()
     rising = rising_since([entry["val_loss"] for entry in log["epochs"]])
     if log["overfitting_gap"] is not None:
+        averaged = " (averaged weights)" if log["best_weights"] == "ema" else ""
         console.print(
-            f"best epoch {log['best_epoch']}, validation accuracy {log['best_val_accuracy']:.2%}, overfitting gap "
-            f"{100 * log['overfitting_gap']:+.2f} points"
+            f"best epoch {log['best_epoch']}{averaged}, validation accuracy {log['best_val_accuracy']:.2%}, "
+            f"overfitting gap {100 * log['overfitting_gap']:+.2f} points"
             + (f", validation loss rising since epoch {rising}" if rising is not None else "")
+            + (f", stopped early after epoch {len(log['epochs'])}" if log["stopped_early"] else "")
         )
     console.print(printable(f"record and pictures: {run.path}"), markup=False)
 

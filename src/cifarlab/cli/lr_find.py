@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def lr_find(
     place = machine.choose_device(device)
     check_plans([plan], out.parent, say)
     weights = find_weights(plan.model, say)
-    task = make_task(plan, prepare(load(plan, data, say), plan.data, plan.seed), place, weights)
+    task = make_task(plan, prepare(load(plan, data, say), plan.data, plan.seed), place, weights, say)
     with make_console().status("learning-rate test") as status:
         test = learning_rate_test(
             plan,
@@ -57,5 +58,10 @@ def lr_find(
         say(
             f"the loss falls fastest at a learning rate of {test.steepest:.1e}; a tenth of the lowest: {test.tenth:.1e}"
         )
-        say(f"to use it: cifarlab run {recipe} --set optimizer.lr={test.steepest:.1e}")
+        found = [f"optimizer.lr={test.steepest:.1e}"]
+        if plan.optimizer.head_lr is not None:  # it rose in the same proportion
+            found.append(f"optimizer.head_lr={plan.optimizer.head_lr * test.steepest / plan.optimizer.lr:.1e}")
+        command = ["cifarlab", "run", recipe, "--dataset", plan.datasets[0]]
+        command += [word for override in [*(set_ or []), *found] for word in ("--set", override)]
+        say(f"to use it: {shlex.join(command)}")
     say(f"picture: {out}")

@@ -54,9 +54,11 @@ def print_layers(console: Console, recipe: Recipe, classes: int, size: int) -> N
     import torchinfo
 
     from cifarlab.models import build_model
+    from cifarlab.models.chain import freeze
 
     side = recipe.evaluation_side or size
     model = build_model(recipe.model, classes=classes, size=(side, side), seed=recipe.seed)
+    freeze(model, recipe.model.freeze_stages)
     summary = torchinfo.summary(model, input_size=(1, 3, side, side), device="cpu", verbose=0)
     table = Table(title=f"{recipe.model.name}: {classes} classes, one image of 3x{side}x{side}", title_justify="left")
     table.add_column("layer")

@@ -24,6 +24,13 @@ def build_model(section: Model, *, classes: int, size: tuple[int, int], seed: in
     return catalog.find(section.name).build(None if section.head == "keep" else classes, size)
 
 
+def outline(section: Model, *, classes: int, size: tuple[int, int]) -> nn.Module:
+    """What `build_model` builds, and raises, without memory for its weights: on the meta device."""
+    check_size(section, size)
+    outputs(section, classes)
+    return catalog.on_meta(catalog.find(section.name), None if section.head == "keep" else classes, size)
+
+
 def check_size(section: Model, size: tuple[int, int], *more: tuple[int, int]) -> None:
     """Raise RecipeError where the network is unknown, or can't take images of (H, W).
 
