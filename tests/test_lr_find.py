@@ -137,6 +137,7 @@ def test_the_picture_has_the_curve_and_the_steepest_place(tmp_path: Path, monkey
     learning_rate_curve(tmp_path / "a.png", rates, losses, 1e-3, title="ex1 on digits")
     (axes,) = saved[0].axes
     assert axes.get_xscale() == "log"
+    assert {"1e-04", "1e-03", "1e-02", "1e-01"} <= {label.get_text() for label in axes.get_xticklabels()}
     curve, mark = axes.get_lines()
     assert (list(curve.get_xdata()), list(curve.get_ydata())) == (rates, losses)  # type: ignore[arg-type]
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([1e-3], [1.5])  # type: ignore[arg-type]

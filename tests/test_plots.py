@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from cifarlab import plots
@@ -122,8 +123,12 @@ def test_averaged_weights_have_a_curve_and_those_that_were_best_are_marked(
     best = {"raw": (0.5, 0.8), "ema": (0.6, 0.9)}[weights]
     for figure, averaged, value, text in zip(figures, (0.6, 0.9), best, ("{:.4f}", "{:.2%}"), strict=True):
         drawn = lines(figure.axes[0])
-        assert drawn["validation, averaged weights"][1] == [averaged] * 3
+        assert drawn["averaged weights"][1] == [averaged] * 3
         assert drawn[f"best epoch 2: {text.format(value)}"] == ([2.0], [value])
+        # Four names stand in one row, under the title.
+        legend = figure.axes[0].get_legend()
+        (title,) = (child for child in figure.axes[0].findobj(Text) if child.get_text() in ("Loss", "Accuracy"))
+        assert legend is not None and legend.get_window_extent().y1 <= title.get_window_extent().y0
 
 
 @pytest.mark.parametrize("best", [1, 20, 40])

@@ -68,6 +68,7 @@ def learning_rate_curve(
 ) -> None:
     """Write the smoothed loss over a rising learning rate as a PNG; `steepest` is marked. Raises StorageError."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     with _plain_style():
         figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
@@ -81,9 +82,10 @@ def learning_rate_curve(
         axes.set_ylim(lowest - 0.1 * (highest - lowest) - 1e-3, highest + 0.3 * (highest - lowest) + 1e-3)
         axes.set_xlabel("learning rate")
         axes.set_ylabel("training loss, smoothed")
-        axes.set_title(f"Learning-rate test: {_printable(title)}")
-        axes.grid(color="0.88")
-        axes.set_axisbelow(True)
+        # The usual labels are formulas, and text is drawn as it is.
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.0e}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        _finish(axes, f"Learning-rate test: {title}", pad=8)
         _write(path, figure)
 
 
@@ -139,7 +141,7 @@ def _curves(
     lines = (
         ("train", "training", TRAINING),
         ("val", "validation", VALIDATION),
-        ("ema_val", "validation, averaged weights", AVERAGED),
+        ("ema_val", "averaged weights", AVERAGED),
     )
     for part, name, colour in lines:
         heights = [_height(entry.get(f"{part}_{quantity}")) for entry in epochs]
@@ -160,13 +162,26 @@ def _curves(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if drawn:
         axes.set_ylim(*(_accuracy_range(drawn) if quantity == "accuracy" else _loss_range(drawn)))
+    _finish(axes, title, pad=26)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=4,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0.5,
+            columnspacing=1.5,
+        )
+    return figure
+
+
+def _finish(axes: Axes, title: str, pad: float) -> None:
+    """A grid behind the curves, no frame, and the title, so many points above the picture."""
     axes.grid(color="0.88")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(textwrap.fill(_printable(title), 80), loc="left", fontweight="bold", pad=26)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderpad=0, borderaxespad=0.5)
-    return figure
+    axes.set_title(textwrap.fill(_printable(title), 80), loc="left", fontweight="bold", pad=pad)
 
 
 def _mark_best(axes: Axes, epoch: int, height: float, quantity: str) -> None:
