@@ -11,13 +11,15 @@ What is finished is not run again, so the study can be interrupted. About three 
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from cifarlab.rundir import RunFolder
+from cifarlab.compare import Figure, percent, seconds
+from cifarlab.errors import NotARunError
+from cifarlab.rundir import RunFolder, find_runs
 
 DATASETS = ("cifar10", "cifar100")
 SEEDS = (1, 2, 3)
@@ -73,27 +75,21 @@ def run(setting: Setting, dataset: str, seed: int, test: bool, arguments: argpar
 
 
 def finished(place: Path, test: bool) -> RunFolder | None:
-    for log in sorted(place.rglob("train.json")):
-        folder = RunFolder(log.parent)
-        if folder.train_log()["status"] == "finished" and (folder.test_log() is not None or not test):
-            return folder
+    with contextlib.suppress(NotARunError):  # there is none yet
+        for folder in find_runs([place]):
+            if folder.train_log()["status"] == "finished" and (folder.test_log() is not None or not test):
+                return folder
     return None
 
 
 def row(name: str, folders: list[RunFolder]) -> str:
     """A line of a Markdown table: validation and test accuracy, training time, as mean ± std of some runs."""
-    validation = [100 * folder.train_log()["best_val_accuracy"] for folder in folders]
-    seconds = [folder.train_log()["train_time"] for folder in folders]
-    cells = [name, spread(validation)]
+    logs = [folder.train_log() for folder in folders]
+    cells = [name, percent(Figure.of([log["best_val_accuracy"] for log in logs]))]
     tests = [log["accuracy"] for folder in folders if (log := folder.test_log()) is not None]
     if tests:
-        cells.append(spread([100 * accuracy for accuracy in tests]))
-    return "| " + " | ".join([*cells, f"{statistics.fmean(seconds):.0f} s"]) + " |"
-
-
-def spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f} %" if len(values) > 1 else f"{mean:.2f} %"
+        cells.append(percent(Figure.of(tests)))
+    return "| " + " | ".join([*cells, seconds(Figure.of([log["train_time"] for log in logs]))]) + " |"
 
 
 def main() -> None:

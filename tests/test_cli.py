@@ -18,23 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifarlab import cli
 from cifarlab.rundir import RunFolder
+from command import call
 
 FAST = ["--set", "train.epochs=1", "--set", "train.batch_size=256"]
-
-
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """Run a command in this process: its exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["cifarlab", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    output = capsys.readouterr()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, output.out, output.err
 
 
 @pytest.fixture

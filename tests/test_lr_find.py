@@ -20,8 +20,8 @@ from cifarlab.experiment import make_task
 from cifarlab.lr_find import learning_rate_test, read_curve
 from cifarlab.plots import learning_rate_curve
 from cifarlab.train import Task, make_batches
+from command import call
 from short_runs import CPU, make_dataset, recipe
-from test_cli import call
 
 SGD = ("optimizer.name=sgd", "optimizer.lr=0.5", "optimizer.momentum=0", "optimizer.weight_decay=0")
 
@@ -124,18 +124,10 @@ def test_it_tests_what_trains_in_the_end() -> None:
     assert {"classifier", "conv_head"} <= changed and "conv_stem" not in changed
 
 
-def test_the_picture_has_the_curve_and_the_steepest_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[Figure] = []
-    savefig = Figure.savefig
-
-    def remember(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        saved.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
+def test_the_picture_has_the_curve_and_the_steepest_place(tmp_path: Path, figures: list[Figure]) -> None:
     rates, losses = [1e-4, 1e-3, 1e-2, 1e-1], [2.0, 1.5, 1.0, 1.2]
     learning_rate_curve(tmp_path / "a.png", rates, losses, 1e-3, title="ex1 on digits")
-    (axes,) = saved[0].axes
+    (axes,) = figures[0].axes
     assert axes.get_xscale() == "log"
     assert {"1e-04", "1e-03", "1e-02", "1e-01"} <= {label.get_text() for label in axes.get_xticklabels()}
     curve, mark = axes.get_lines()

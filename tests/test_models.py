@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 from typing import Any, Literal
 
 import pytest
@@ -14,13 +13,13 @@ import torchvision
 from rich.console import Console
 from torch import nn
 
-from cifarlab import cli
 from cifarlab.cli.models import print_networks
 from cifarlab.errors import RecipeError
 from cifarlab.models import build_model, catalog, channels_last_on_cpu, check_size, outputs, parameter_count
 from cifarlab.models.catalog import SMALL
 from cifarlab.recipe_sections import Model
 from cifarlab.seeds import derive_seed
+from command import call
 
 
 def output_shapes(model: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
@@ -255,12 +254,8 @@ def test_an_unknown_network_is_named_with_the_nearest(name: str, advice: str) ->
 
 def listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
     """Run `cifarlab models`: its exit code and what it prints."""
-    monkeypatch.setattr(sys, "argv", ["cifarlab", "models", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    output = capsys.readouterr()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, output.out + output.err
+    code, out, err = call(capsys, monkeypatch, "models", *arguments)
+    return code, out + err
 
 
 def rows(text: str) -> dict[str, list[str]]:

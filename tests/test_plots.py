@@ -6,7 +6,6 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,6 @@ from cifarlab import plots
 from cifarlab.errors import StorageError
 
 BEST_RGB = (0x00, 0x9E, 0x73)
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
-    """The figures that are saved, so that a test can ask for their artists."""
-    saved: list[Figure] = []
-    savefig = Figure.savefig
-
-    def remember(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        saved.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    yield saved
 
 
 def a_log(count: int, *, validation: bool = True) -> list[dict[str, Any]]:

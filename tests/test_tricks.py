@@ -317,6 +317,17 @@ def test_the_front_of_the_network_runs_once_for_each_version(
     assert log["frozen_stages"]["bytes"] == (versions * 180 + 20) * sizes.pop()
 
 
+def test_the_cache_of_a_later_run_is_as_large_as_that_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the memory that was free at first: the process keeps what a run gives back, so less looks free then."""
+    free = iter([4000, 1000])
+    monkeypatch.setattr("cifarlab.machine.free_memory", lambda device: next(free))
+    experiment._cache_memory.cache_clear()
+    try:
+        assert [experiment._cache_memory(CPU) for _ in range(2)] == [2000, 2000]
+    finally:
+        experiment._cache_memory.cache_clear()
+
+
 # --- dropout ---
 
 

@@ -20,7 +20,6 @@ from cifarlab.rundir import RunFolder
 
 TRAIN_FIGURES = ("best_val_accuracy", "train_time", "parameters", "overfitting_gap")
 TEST_FIGURES = ("accuracy", "test_time")
-TTA_FIGURES = ("accuracy", "test_time")  # of test.json's "tta"
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _read(folder: RunFolder) -> _Run:
     tta = (test or {}).get("tta")
     if not isinstance(tta, dict | None):
         raise NotARunError(f"{folder.path / 'test.json'} is damaged: 'tta' is not a mapping")
-    figures |= {f"tta_{name}": _number(tta or {}, name, folder.path / "test.json") for name in TTA_FIGURES}
+    figures |= {f"tta_{name}": _number(tta or {}, name, folder.path / "test.json") for name in TEST_FIGURES}
     return _Run(
         path=str(folder.path),
         dataset=printable(str(log["dataset"])),
@@ -164,6 +163,7 @@ def _row(group: list[_Run], changes: str) -> Row:
         return Figure.of([run.figures[name] for run in group])
 
     parameters = first.figures["parameters"]
+    modes = [run.tta for run in group if run.tta is not None]
     return Row(
         dataset=first.dataset,
         experiment=first.experiment,
@@ -177,9 +177,7 @@ def _row(group: list[_Run], changes: str) -> Row:
         epochs=first.epochs,
         parameters=None if parameters is None else int(parameters),
         overfitting_gap=figure("overfitting_gap"),
-        tta=", ".join(dict.fromkeys(filter(None, (run.tta for run in group))))
-        if all(run.tta for run in group)
-        else None,
+        tta=", ".join(dict.fromkeys(modes)) if len(modes) == len(group) else None,
         tta_accuracy=figure("tta_accuracy"),
         tta_test_time=figure("tta_test_time"),
         runs=tuple(run.path for run in group),
@@ -218,16 +216,16 @@ def lines(row: Row) -> list[list[str]]:
         name += f" [{row.status}]"
     plain = [
         name,
-        _percent(row.accuracy),
-        _seconds(row.train_time),
-        _seconds(row.test_time),
+        percent(row.accuracy),
+        seconds(row.train_time),
+        seconds(row.test_time),
         "–" if row.epochs is None else f"{row.epochs:g}",
         "–" if row.parameters is None else f"{row.parameters:,}",
         _points(row.overfitting_gap),
     ]
     if row.tta is None:
         return [plain]
-    return [plain, [f"  + TTA: {row.tta}", _percent(row.tta_accuracy), "", _seconds(row.tta_test_time), "", "", ""]]
+    return [plain, [f"  + TTA: {row.tta}", percent(row.tta_accuracy), "", seconds(row.tta_test_time), "", "", ""]]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -277,7 +275,8 @@ def _markdown(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;")
 
 
-def _percent(figure: Figure) -> str:
+def percent(figure: Figure) -> str:
+    """A fraction of 1, with its spread where it has one."""
     if figure.mean is None:
         return "–"
     return f"{figure.mean:.2%}" if figure.std is None else f"{100 * figure.mean:.2f} ± {100 * figure.std:.2f} %"
@@ -290,7 +289,8 @@ def _points(figure: Figure) -> str:
     return f"{100 * figure.mean:+.2f}{spread}"
 
 
-def _seconds(figure: Figure) -> str:
+def seconds(figure: Figure) -> str:
+    """A time, with its spread where it has one."""
     if figure.mean is None:
         return "–"
     digits = 0 if figure.mean >= 100 else 1

@@ -27,7 +27,7 @@ from cifarlab.download import Report
 from cifarlab.errors import NotARunError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict
 from cifarlab.features import FrozenStages
-from cifarlab.models import build_model, channels_last_on_cpu, check_size, outline, outputs
+from cifarlab.models import build_model, channels_last_on_cpu, outline, outputs
 from cifarlab.models.chain import chain, freeze, verified_chain
 from cifarlab.models.weights import Weights, find_weights, load_weights
 from cifarlab.optim import parameter_groups
@@ -43,17 +43,18 @@ def check_plans(plans: Sequence[Recipe], runs: Path, report: Report) -> None:
     DataError for a folder that is not there, DownloadError for weights that are not to be had, StorageError where the
     run folders can't be made.
     """
-    for plan in plans:
+    # Seeds make no difference to what is looked at here.
+    distinct = {(plan.datasets, plan.fingerprint()): plan for plan in plans}.values()
+    for plan in distinct:
         classes, own_side = dataset_shape(plan.datasets[0])
-        sizes = [(side or own_side, side or own_side) for side in (plan.evaluation_side, *plan.sides)]
-        check_size(plan.model, *sizes)
-        model = outline(plan.model, classes=classes, size=sizes[0])
+        size, *more = ((side or own_side, side or own_side) for side in (plan.evaluation_side, *plan.sides))
+        model = outline(plan.model, classes=classes, size=size, more=more)
         freeze(model, plan.model.freeze_stages)
         parameter_groups(plan.optimizer, model)
         for side in plan.sides:
             _pipeline(plan, side, (own_side, own_side), (0, 0, 0), (1, 1, 1), torch.device("cpu"))
     files.make_folder(runs)
-    for plan in plans:
+    for plan in distinct:
         find_weights(plan.model, report)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-Report = Callable[[str], None]
+from cifarlab.download import Report
 
 
 class CacheKey(NamedTuple):
@@ -61,7 +61,8 @@ class FrozenStages:
         self.dtype = dtype
         self.memory_left = memory
         self.computed = self.recalled = 0  # images
-        self._bytes = self._peak = 0
+        self._memory = memory
+        self._peak = 0
         self._memory_format = memory_format
         self._report: Report | None = report
         self._shelves: dict[CacheKey, _Shelf | None] = {}  # None: there was no room
@@ -116,7 +117,6 @@ class FrozenStages:
         for other in [other for other in self._shelves if other.store == key.store]:
             if other.resolution != key.resolution and (past := self._shelves.pop(other)) is not None:
                 self.memory_left += past.bytes
-                self._bytes -= past.bytes
         needed = rows * computed[0].numel() * computed.element_size()
         if needed > self.memory_left:
             if self._report is not None:
@@ -127,6 +127,5 @@ class FrozenStages:
                 self._report = None
             return None
         self.memory_left -= needed
-        self._bytes += needed
-        self._peak = max(self._peak, self._bytes)
+        self._peak = max(self._peak, self._memory - self.memory_left)
         return _Shelf(images, computed.new_empty((rows, *computed.shape[1:])))

@@ -45,8 +45,7 @@ def loss_curve(
     from 1; None marks nothing. best_weights: `ema` where the moving average was the best. Raises StorageError.
     """
     with _plain_style():
-        best = _best(epochs, best_epoch, best_weights, "loss")
-        _write(path, _curves(epochs, best, "loss", title=title, label="loss (cross-entropy)"))
+        _write(path, _curves(epochs, best_epoch, best_weights, "loss", title=title, label="loss (cross-entropy)"))
 
 
 def accuracy_curve(
@@ -59,8 +58,7 @@ def accuracy_curve(
 ) -> None:
     """The same as `loss_curve`, of `train_accuracy` and `val_accuracy`."""
     with _plain_style():
-        best = _best(epochs, best_epoch, best_weights, "accuracy")
-        _write(path, _curves(epochs, best, "accuracy", title=title, label="accuracy"))
+        _write(path, _curves(epochs, best_epoch, best_weights, "accuracy", title=title, label="accuracy"))
 
 
 def learning_rate_curve(
@@ -128,7 +126,13 @@ def _best(
 
 
 def _curves(
-    epochs: Sequence[Mapping[str, Any]], best: tuple[int, float] | None, quantity: str, *, title: str, label: str
+    epochs: Sequence[Mapping[str, Any]],
+    best_epoch: int | None,
+    best_weights: str | None,
+    quantity: str,
+    *,
+    title: str,
+    label: str,
 ) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -149,7 +153,7 @@ def _curves(
         if finite:
             axes.plot(numbers, heights, color=colour, label=name, marker=marker, markersize=4, linewidth=1.8)
             drawn += finite
-    if best is not None:
+    if (best := _best(epochs, best_epoch, best_weights, quantity)) is not None:
         _mark_best(axes, *best, quantity)
 
     axes.set_xlabel("epoch")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -18,17 +20,27 @@ def build_model(section: Model, *, classes: int, size: tuple[int, int], seed: in
     download. size: (H, W) of the images that it will see. Takes float32 (B, 3, H, W), gives logits (B, outputs).
     Raises RecipeError for an unknown name, images that it can't take, and a head to keep that has too few outputs.
     """
-    check_size(section, size)
-    outputs(section, classes)
+    network, head = _checked(section, classes, size)
     torch.manual_seed(derive_seed(seed, "init"))
-    return catalog.find(section.name).build(None if section.head == "keep" else classes, size)
+    return network.build(head, size)
 
 
-def outline(section: Model, *, classes: int, size: tuple[int, int]) -> nn.Module:
-    """What `build_model` builds, and raises, without memory for its weights: on the meta device."""
-    check_size(section, size)
+def outline(section: Model, *, classes: int, size: tuple[int, int], more: Sequence[tuple[int, int]] = ()) -> nn.Module:
+    """What `build_model` builds, and raises, without memory for its weights: on the meta device.
+
+    more: other sizes that the network is to take as well.
+    """
+    network, head = _checked(section, classes, size, *more)
+    return catalog.on_meta(network, head, size)
+
+
+def _checked(
+    section: Model, classes: int, size: tuple[int, int], *more: tuple[int, int]
+) -> tuple[catalog.Network, int | None]:
+    """The network and the classes of its new head (None: its own stays), once it is known that they can be."""
+    check_size(section, size, *more)
     outputs(section, classes)
-    return catalog.on_meta(catalog.find(section.name), None if section.head == "keep" else classes, size)
+    return catalog.find(section.name), None if section.head == "keep" else classes
 
 
 def check_size(section: Model, size: tuple[int, int], *more: tuple[int, int]) -> None:

@@ -152,20 +152,20 @@ class LibraryNetwork(Network):
     architecture: str
 
     def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
-        reason = _refusal(self, size, size)
-        if reason is None:
-            for other in more:
-                if _refusal(self, size, other) is not None:
-                    # Where it could not take those alone either, that is the better sentence.
-                    self.check(other)
-                    raise _one_size(self, size, other)
-            return
+        if (reason := _refusal(self, size, size)) is not None:
+            raise self._refused(size, reason)
+        for other in more:
+            if _refusal(self, size, other) is not None:
+                self.check(other)  # where it could not take those alone either, that is the better sentence
+                raise _one_size(self, size, other)
+
+    def _refused(self, size: tuple[int, int], reason: str) -> RecipeError:
         if reason == _NO_LOGITS:
-            raise RecipeError(f"model.name '{self.name}' is no classifier: {reason}; choose another network")
+            return RecipeError(f"model.name '{self.name}' is no classifier: {reason}; choose another network")
         squares = ((side, side) for side in _SIDES if side >= min(size))
         found = next((square for square in squares if _refusal(self, square, square) is None), None)
         advice = f"{found[0]}x{found[0]} works: set train.resolution={found[0]}" if found else "choose another network"
-        raise RecipeError(f"model.name '{self.name}' can't take images of {size[0]}x{size[1]} ({reason}); {advice}")
+        return RecipeError(f"model.name '{self.name}' can't take images of {size[0]}x{size[1]} ({reason}); {advice}")
 
 
 def _one_size(network: Network, size: tuple[int, int], other: tuple[int, int]) -> RecipeError:
