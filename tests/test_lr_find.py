@@ -18,6 +18,7 @@ from cifarlab.data.prepare import prepare
 from cifarlab.errors import DivergedError, UsageError
 from cifarlab.experiment import make_task
 from cifarlab.lr_find import learning_rate_test, read_curve
+from cifarlab.models.chain import stage_ids
 from cifarlab.plots import learning_rate_curve
 from cifarlab.train import Task, make_batches
 from command import call
@@ -35,9 +36,10 @@ def quiet(step: int, rate: float, loss: float) -> None:
     pass
 
 
-def test_the_curve_is_that_of_training_with_a_rate_that_rises_by_the_same_factor() -> None:
-    """Against a loop written out: SGD's update by hand, fastai's smoothing by its formula."""
-    plan, task = a_task(*SGD)
+@pytest.mark.parametrize("norm", [math.inf, 0.5])
+def test_the_curve_is_that_of_training_with_a_rate_that_rises_by_the_same_factor(norm: float) -> None:
+    """Against a loop written out: SGD's update and clipping by hand, fastai's smoothing by its formula."""
+    plan, task = a_task(*SGD, *([f"train.clip_grad_norm={norm}"] if norm < math.inf else []))
     model = copy.deepcopy(task.network.model).train()
     told: list[tuple[int, float, float]] = []
     test = learning_rate_test(plan, task, low=1e-4, high=1e-1, steps=12, progress=lambda *all: told.append(all))
@@ -48,9 +50,10 @@ def test_the_curve_is_that_of_training_with_a_rate_that_rises_by_the_same_factor
         batch = next(batches)
         loss = F.cross_entropy(model(batch.inputs), batch.labels)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
+        scale = min(1.0, norm / math.sqrt(sum(gradient.square().sum().item() for gradient in gradients)))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter.sub_(float(rate) * gradient)
+                parameter.sub_(float(rate) * scale * gradient)
         average = 0.9 * average + 0.1 * loss.item()
         losses.append(average / (1 - 0.9 ** (step + 1)))
     np.testing.assert_allclose(test.rates, rates, rtol=1e-9)
@@ -120,8 +123,10 @@ def test_it_tests_what_trains_in_the_end() -> None:
     learning_rate_test(plan, task, low=1e-3, high=1e-1, steps=10, progress=quiet)
     assert sides == {48}
     after = task.network.model.state_dict()
-    changed = {name.partition(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
-    assert {"classifier", "conv_head"} <= changed and "conv_stem" not in changed
+    stages = stage_ids(task.network.model)
+    assert stages is not None
+    changed = {stages[name] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == set(range(2, max(stages.values()) + 1))  # statistics of BatchNorm too
 
 
 def test_the_picture_has_the_curve_and_the_steepest_place(tmp_path: Path, figures: list[Figure]) -> None:

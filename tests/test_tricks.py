@@ -251,20 +251,34 @@ def test_a_bfloat16_cache_is_close_and_its_size_does_not_matter(
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+GROWING = [
+    "model={name: timm:test_efficientnet, freeze_stages: 2}",
+    "augment={flip: random, views: 1}",
+    "evaluate.test=false",
+]
+
+
 def test_a_cache_is_for_one_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same versions of the same images come again in another resolution, and are others."""
-    settings = [
-        "model={name: timm:test_efficientnet, freeze_stages: 2}",
-        "augment={flip: random, views: 1}",
-        "train.resolution=[[0, 32], [0.5, 48]]",
-        "train.epochs=2",
-        "evaluate.test=false",
-    ]
+    settings = [*GROWING, "train.resolution=[[0, 32], [0.5, 48]]", "train.epochs=4"]
     first, second = (
         run(tmp_path / cache, *settings, f"model.cache={cache}", monkeypatch=monkeypatch)
         for cache in ("null", "float32")
     )
     assert without_times(first.train_log()) == without_times(second.train_log())
+    assert second.train_log()["frozen_stages"]["computed"] == 2 * 180 + 20 + 20
+
+
+def test_what_comes_again_in_another_resolution_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch of each of two resolutions takes no more memory than one epoch: that for the validation images."""
+    bytes_taken = [
+        run(tmp_path / name, *GROWING, *settings, monkeypatch=monkeypatch).train_log()["frozen_stages"]["bytes"]
+        for name, settings in (
+            ("one", ["train.resolution=48", "train.epochs=1"]),
+            ("two", ["train.resolution=[[0, 32], [0.5, 48]]", "train.epochs=2"]),
+        )
+    ]
+    assert bytes_taken[0] == bytes_taken[1] > 0
 
 
 def test_what_will_not_come_again_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
