@@ -313,6 +313,8 @@ def test_many_runs_fold_without_being_validated_or_compared_in_pairs(
         ("test.json", '{"accuracy": NaN}', "NaN is not JSON"),
         ("test.json", '{"accuracy": 1e999}', "'accuracy' is not a number"),
         ("environment.json", "", "is damaged"),
+        ("test.json", '{"accuracy": 0.5, "tta": [1]}', "'tta' is not a mapping"),
+        ("test.json", '{"accuracy": 0.5, "tta": {"mode": "flip", "accuracy": "x"}}', "'accuracy' is not a number"),
         ("recipe.yaml", "a: 1", "its records have no 'name'"),
         ("recipe.yaml", "name: [", "not valid YAML"),
         ("recipe.yaml", "{name: a, seed: 1, data: {limit: 2026-01-01}}", "date is not JSON serializable"),
