@@ -1,19 +1,21 @@
 """Is Lion worth it? Adam, AdamW and Lion on EfficientNet-Lite0: a grid, then fresh seeds of the best. For docs/lion.md.
 
-    python studies/lion.py --data DIR --runs FOLDER
+    python studies/lion.py --data DIR --runs FOLDER --jobs 2
 
 The grid (seed 0) is decided by validation accuracy, its test images left alone. The two best settings, the best of each
 optimizer, and Lion as the report had it run again with the seeds 1, 2 and 3, which had no say in the choice; these are
 tested.
-What is finished is not run again, so the study can be interrupted. About three hours on two cores.
+What is finished is not run again, so the study can be interrupted. About three hours on two cores, with a job on each.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +68,10 @@ def run(setting: Setting, dataset: str, seed: int, test: bool, arguments: argpar
         return folder
     overrides = [*COMMON, *setting.overrides(), f"evaluate.test={str(test).lower()}"]
     command = [sys.executable, "-m", "cifarlab", "run", "ex4-lite0", "--dataset", dataset, "--seed", str(seed)]
-    command += ["--data", str(arguments.data), "--runs", str(place)]
-    subprocess.run([*command, *(part for value in overrides for part in ("--set", value))], check=True)
+    command += ["--data", str(arguments.data), "--runs", str(place), "--device", arguments.device]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // arguments.jobs))} if arguments.jobs > 1 else {}
+    command += [part for value in overrides for part in ("--set", value)]
+    subprocess.run(command, check=True, env=os.environ | threads, stdout=subprocess.DEVNULL if threads else None)
     folder = finished(place, test)
     if folder is None:
         raise SystemExit(f"stopped; the runs so far are in {arguments.runs}")
@@ -96,17 +100,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-10 and CIFAR-100")
     parser.add_argument("--runs", type=Path, default=Path("runs/lion"), help="where the runs are, or go")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    for dataset in DATASETS:
-        grid = {setting: run(setting, dataset, 0, False, arguments) for setting in GRID}
-        print(f"\n{dataset}, seed 0\n")
-        for setting, folder in grid.items():
-            print(row(str(setting), [folder]))
-        ranked = sorted(GRID, key=lambda setting: grid[setting].train_log()["best_val_accuracy"], reverse=True)
-        best_of_each = {setting.optimizer: setting for setting in reversed(ranked)}
-        print(f"\n{dataset}, seeds {SEEDS}\n")
-        for setting in dict.fromkeys([*ranked[:2], *best_of_each.values(), REPORTED]):
-            print(row(str(setting), [run(setting, dataset, seed, True, arguments) for seed in SEEDS]))
+    pool = ThreadPoolExecutor(arguments.jobs)  # threads that wait for processes
+    try:
+        for dataset in DATASETS:
+            study(dataset, pool, arguments)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def study(dataset: str, pool: ThreadPoolExecutor, arguments: argparse.Namespace) -> None:
+    """The grid and the fresh seeds of one dataset, and their tables."""
+    grid = dict(zip(GRID, pool.map(lambda setting: run(setting, dataset, 0, False, arguments), GRID), strict=True))
+    print(f"\n{dataset}, seed 0\n")
+    for setting, folder in grid.items():
+        print(row(str(setting), [folder]), flush=True)
+    ranked = sorted(GRID, key=lambda setting: grid[setting].train_log()["best_val_accuracy"], reverse=True)
+    best_of_each = {setting.optimizer: setting for setting in reversed(ranked)}
+    chosen = list(dict.fromkeys([*ranked[:2], *best_of_each.values(), REPORTED]))
+    again = [(setting, seed) for setting in chosen for seed in SEEDS]
+    finals = dict(zip(again, pool.map(lambda pair: run(pair[0], dataset, pair[1], True, arguments), again), strict=True))
+    print(f"\n{dataset}, seeds {SEEDS}\n")
+    for setting in chosen:
+        print(row(str(setting), [finals[setting, seed] for seed in SEEDS]), flush=True)
 
 
 if __name__ == "__main__":
