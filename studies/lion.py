@@ -113,15 +113,19 @@ def main() -> None:
 
 def study(dataset: str, pool: ThreadPoolExecutor, arguments: argparse.Namespace) -> None:
     """The grid and the fresh seeds of one dataset, and their tables."""
-    grid = dict(zip(GRID, pool.map(lambda setting: run(setting, dataset, 0, False, arguments), GRID), strict=True))
+
+    def run_all(pairs: list[tuple[Setting, int]], test: bool) -> dict[tuple[Setting, int], RunFolder]:
+        folders = pool.map(lambda pair: run(pair[0], dataset, pair[1], test, arguments), pairs)
+        return dict(zip(pairs, folders, strict=True))
+
+    grid = {setting: folder for (setting, _), folder in run_all([(setting, 0) for setting in GRID], False).items()}
     print(f"\n{dataset}, seed 0\n")
     for setting, folder in grid.items():
         print(row(str(setting), [folder]), flush=True)
     ranked = sorted(GRID, key=lambda setting: grid[setting].train_log()["best_val_accuracy"], reverse=True)
     best_of_each = {setting.optimizer: setting for setting in reversed(ranked)}
     chosen = list(dict.fromkeys([*ranked[:2], *best_of_each.values(), REPORTED]))
-    again = [(setting, seed) for setting in chosen for seed in SEEDS]
-    finals = dict(zip(again, pool.map(lambda pair: run(pair[0], dataset, pair[1], True, arguments), again), strict=True))
+    finals = run_all([(setting, seed) for setting in chosen for seed in SEEDS], True)
     print(f"\n{dataset}, seeds {SEEDS}\n")
     for setting in chosen:
         print(row(str(setting), [finals[setting, seed] for seed in SEEDS]), flush=True)
