@@ -48,8 +48,9 @@ def ours(name: str, data: Path, device_name: str) -> Round:
 
     from datetime import datetime
 
+    from cifarlab.build import make_task
     from cifarlab.data.prepare import prepare
-    from cifarlab.experiment import load, make_task
+    from cifarlab.experiment import load
     from cifarlab.recipe import load_recipe
     from cifarlab.rundir import RunFolder
     from cifarlab.train import StopRequest, train
@@ -78,6 +79,8 @@ def ours(name: str, data: Path, device_name: str) -> Round:
         def progress(self, progress: Any) -> None: ...
 
         def epoch(self, entry: dict[str, Any], epochs: float) -> None: ...
+
+        def report(self, text: str) -> None: ...
 
     def one_round() -> float:
         stop = StopRequest()

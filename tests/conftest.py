@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import settings
@@ -11,6 +13,23 @@ from matplotlib.figure import Figure
 
 settings.register_profile("cifarlab", derandomize=True, deadline=None)
 settings.load_profile("cifarlab")
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """What a command does for its own process is undone: tests of numbers count on the smallest ones."""
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_measured_before(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is measured is remembered for one test only, and never where the user's is."""
+    path = tmp_path_factory.getbasetemp() / f"measured-{uuid4().hex}.json"
+    monkeypatch.setattr("cifarlab.remembered._path", lambda: path)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ class Quiet:
 
     def __init__(self, action: Any = None) -> None:
         self.seen: list[Progress] = []
+        self.said: list[str] = []
         self.action = action
 
     def due(self) -> bool:
@@ -37,6 +38,9 @@ class Quiet:
 
     def epoch(self, entry: dict[str, Any], epochs: float) -> None:
         pass
+
+    def report(self, text: str) -> None:
+        self.said.append(text)
 
 
 def make_dataset(noise: float = 0.0, train: int = 200) -> Dataset:
@@ -66,6 +70,7 @@ def run(
     display: Quiet | None = None,
     stop: StopRequest | None = None,
     dataset: Dataset | None = None,
+    profile: bool = False,
     monkeypatch: pytest.MonkeyPatch,
 ) -> RunFolder:
     found = dataset or make_dataset()
@@ -79,6 +84,7 @@ def run(
         stop=stop or StopRequest(),
         process_started=0.0,
         report=lambda _: None,
+        profile=profile,
     )
 
 

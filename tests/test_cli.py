@@ -86,7 +86,11 @@ def pictures(tmp_path: Path) -> Path:
             2,
             "w.pth; give a .safetensors or .pth file, true or false",
         ),
-        (["run", "ex1", "--dataset", "digits", "--tta", "mirror"], 2, "evaluate.tta: expected flip, crops, auto"),
+        (
+            ["run", "ex1", "--dataset", "digits", "--tta", "mirror"],
+            2,
+            "evaluate.tta: expected flip, crops, diagonal, auto",
+        ),
         (["lr-find", "ex11"], 2, "unknown recipe 'ex11'; did you mean 'ex1'?"),
         (["lr-find", "ex1", "--dataset", "digits", "--steps", "x"], 2, "invalid value for '--steps'"),
         (["run", "ex1", "--data", "/nowhere/at/all"], 3, "/nowhere/at/all is not a folder"),
@@ -372,10 +376,10 @@ def test_a_loss_that_diverges_is_exit_code_4_and_what_finished_before_is_shown(
     from cifarlab.errors import DivergedError
     from cifarlab.train import train
 
-    def diverge(recipe: Any, *rest: Any) -> None:
+    def diverge(recipe: Any, *rest: Any, **settings: Any) -> None:
         if recipe.seed == 1:
             raise DivergedError("the loss became NaN")
-        train(recipe, *rest)
+        train(recipe, *rest, **settings)
 
     monkeypatch.setattr(experiment, "train", diverge)
     arguments = ["run", "ex1", "--dataset", "digits", "--runs", tmp_path, "--seeds", 3, *FAST]

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from cifarlab.features import CacheKey, FrozenStages
+from cifarlab.numerics import exact
 
+EXACT = exact(torch.device("cpu"), channels_last_on_cpu=False)
 IMAGES = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -29,7 +31,7 @@ class Front(nn.Module):
 def stages(
     front: nn.Module, dtype: torch.dtype = torch.float32, memory: int = 10**9, said: list[str] | None = None
 ) -> FrozenStages:
-    return FrozenStages(front, dtype, memory, torch.contiguous_format, (said if said is not None else []).append)
+    return FrozenStages(front, dtype, memory, EXACT, (said if said is not None else []).append)
 
 
 def ask(

@@ -14,12 +14,14 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
+from cifarlab import choices
+from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import DivergedError, UsageError
-from cifarlab.experiment import make_task
 from cifarlab.lr_find import learning_rate_test, read_curve
 from cifarlab.models.chain import stage_ids
 from cifarlab.plots import learning_rate_curve
+from cifarlab.recipe import load_recipe
 from cifarlab.train import Task, make_batches
 from command import call
 from short_runs import CPU, make_dataset, recipe
@@ -160,3 +162,17 @@ def test_the_command_names_a_rate_and_draws(
     assert out.read_bytes().startswith(b"\x89PNG")
     code, _, err = call(capsys, monkeypatch, *arguments, "--from", 1)
     assert code == 2 and "--from 1 --to 1" in err and err.count("\n") == 1
+
+
+def test_a_batch_size_that_was_found_goes_with_the_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(choices, "_rate_of_size", lambda recipe, *_: float(min(recipe.train.batch, 64)))
+    arguments: list[object] = ["lr-find", "ex1", "--dataset", "digits", "--set", "train.batch_size=auto"]
+    code, text, err = call(capsys, monkeypatch, *arguments, "--steps", 10, "--out", tmp_path / "curve.png", "--to", 0.1)
+    assert (code, err) == (0, "")
+    command = shlex.split(text.partition("to use it: ")[2].partition("\n")[0])
+    assert command[-1] == "train.batch_size=64"
+    # A run with it neither looks for a size again nor scales the rate.
+    plan = load_recipe("ex1", command[6::2])
+    assert plan.train.batch_size == 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -160,6 +161,48 @@ def test_a_reset_forgets_what_was_given_back() -> None:
 
 def test_free_memory_is_some_and_no_more_than_there_is() -> None:
     assert 0 < machine.free_memory(CPU) <= psutil.virtual_memory().total
+
+
+def test_in_a_container_files_that_were_read_are_no_memory_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    free = psutil.virtual_memory().available
+    assert machine.available_memory() == pytest.approx(free, rel=0.2)
+    for name, text in (
+        ("memory.max", "1000000"),
+        ("memory.current", "900000"),
+        ("memory.stat", "anon 200000\nactive_file 300000\ninactive_file 400000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert machine.available_memory() == 800_000
+    assert machine.total_memory(CPU) == 1_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available_memory() == pytest.approx(free, rel=0.2)
+
+
+@pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "2"}, {"OMP_PROC_BIND": "false"}])
+def test_every_thread_of_a_prepared_process_does_the_same_arithmetic(environment: dict[str, str]) -> None:
+    # Tiny numbers all over a tensor that several threads work on: each of them flushes, or none does.
+    code = (
+        "import os\n"
+        "from cifarlab import machine\n"
+        "cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else None\n"
+        "done = machine.prepare()\n"
+        "import torch\n"
+        "assert done == machine.prepare()\n"
+        "assert cores is None or os.sched_getaffinity(0) == cores\n"
+        "assert 'OMP_PLACES' not in os.environ\n"
+        "small = torch.full((2_000_000,), 1e-40) * 0.5\n"
+        "print(done['denormals_flushed'], int((small == 0).sum()), done['threads_pinned'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    flushed, zeros, pinned = done.stdout.split()
+    assert zeros == ("2000000" if flushed == "True" else "0")
+    if environment:
+        assert pinned == "False"
 
 
 def test_kept_memory_is_used_again_without_page_faults() -> None:

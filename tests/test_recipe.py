@@ -49,7 +49,7 @@ def test_a_packaged_recipe_says_what_it_is_and_survives_being_written(name: str)
         ("schedule.warmup.share=0.1", "schedule.warmup", {"share": 0.1}),
         ("name=mine", "name", "mine"),
         ("evaluate.test=false", "evaluate.test", False),
-        ("train.numerics=auto", "train.numerics", "exact"),
+        ("train.numerics=auto", "train.numerics", "auto"),
     ],
 )
 def test_an_override_arrives_as_what_it_is(override: str, path: str, expected: object) -> None:
@@ -119,8 +119,8 @@ def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() ->
         ("train.epochs=abc", "train.epochs: expected a valid integer, not 'abc'"),
         ("train.epochs=0", "train.epochs: expected greater than 0, not 0"),
         ("train.epochs=true", "train.epochs: expected"),
-        ("train.batch_size=1.5", "train.batch_size: expected a valid integer, not 1.5"),
-        ("train.batch_size='64'", "train.batch_size: expected a valid integer, not '64'"),
+        ("train.batch_size=1.5", "train.batch_size: expected a number of images from 1 on, or auto, not 1.5"),
+        ("train.batch_size='64'", "train.batch_size: expected a number of images from 1 on, or auto, not '64'"),
         ("optimizer.lr=.nan", "optimizer.lr: expected"),
         ("optimizer.lr=1e999", "optimizer.lr: expected"),
         ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, not -1"),
@@ -149,8 +149,11 @@ def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() ->
         ("train.resolution=[[0, 64, 3]]", "train.resolution: expected pairs of a share of the run"),
         ("train.accumulate=1000", "train: accumulate (1000) must not be more than batch_size (128)"),
         ("train.early_stopping=0", "train.early_stopping: expected greater than or equal to 1, not 0"),
-        ("evaluate.tta=mirror", "evaluate.tta: expected flip, crops, auto (the better on validation), a number"),
-        ("evaluate.tta=1", "evaluate.tta: expected flip, crops, auto"),
+        (
+            "evaluate.tta=mirror",
+            "evaluate.tta: expected flip, crops, diagonal, auto (the better on validation), a number",
+        ),
+        ("evaluate.tta=1", "evaluate.tta: expected flip, crops, diagonal, auto"),
         ("augment={translate: 2, crop_padding: 4}", "augment: crop_padding and translate both shift the image"),
         ("augment={flip: alternating, views: 3}", "augment: views 3 is odd"),
         ("model.freeze_backbone=1", "model.freeze_backbone: expected a length such as {epochs: 1}"),

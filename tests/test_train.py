@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cifarlab import experiment, machine, plots
+from cifarlab import build, experiment, machine, plots
 from cifarlab.data.batches import epoch_order
 from cifarlab.data.dataset import Dataset, Images
 from cifarlab.data.prepare import prepare
@@ -22,7 +23,7 @@ from cifarlab.errors import DivergedError, NotARunError, RunError, StorageError
 from cifarlab.models import build_model
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.train import EpochSums, Progress, StopRequest, TrainingBatch
+from cifarlab.train import PROFILE_STEPS, EpochSums, Progress, StopRequest, TrainingBatch
 from short_runs import CPU, Quiet, make_dataset, normalised, recipe, run, without_times
 
 
@@ -398,10 +399,30 @@ def test_rare_classes_weigh_more_when_asked() -> None:
     images.pixels[:, 0, 0, 0] = np.arange(100)  # no duplicates
     dataset = Dataset("digits", tuple("abcd"), images, None, make_dataset().test, "made here")
     plan = recipe("loss.class_weights=balanced", "data.validation=0")
-    weights = experiment._class_weights(plan, prepare(dataset, plan.data, 0), CPU)
+    weights = build._class_weights(plan, prepare(dataset, plan.data, 0), CPU)
     assert weights is not None
     # scikit-learn counts only the classes that are there.
     expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels) * 3 / 4
     assert weights[[0, 1, 3]].numpy() == pytest.approx(expected)
     assert weights[2] == 0
     assert json.dumps(weights.tolist())
+
+
+def test_a_profile_says_where_ten_steps_spent_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(tmp_path, "evaluate.test=false", profile=True, monkeypatch=monkeypatch)
+    rows = (folder.path / "profile.txt").read_text().splitlines()
+    convolutions = next(row for row in rows if row.lstrip().startswith("aten::convolution_backward "))
+    assert int(convolutions.split()[-1]) == 4 * PROFILE_STEPS  # EX-1 has four of them
+    with gzip.open(folder.path / "trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    steps = [event for event in events if str(event.get("name", "")).startswith("ProfilerStep#")]
+    assert len({event["name"] for event in steps}) == PROFILE_STEPS
+
+
+def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    display = Quiet()
+    folder = run(
+        tmp_path, "train.epochs=0.5", "evaluate.test=false", display=display, profile=True, monkeypatch=monkeypatch
+    )
+    assert not (folder.path / "profile.txt").exists()
+    assert display.said == ["no profile: the run has fewer than 7 steps"]

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifarlab import experiment
+from cifarlab import build
 from cifarlab.data.batches import in_batches
 from cifarlab.data.mixing import mix
 from cifarlab.data.prepare import prepare
 from cifarlab.evaluate import Classifier
 from cifarlab.models import build_model
+from cifarlab.numerics import exact
 from cifarlab.rundir import RunFolder
-from cifarlab.train import EpochSums, TrainingBatch, backward, make_batches, total_weight
-from short_runs import CPU, make_dataset, normalised, recipe, run, without_times
+from cifarlab.train import Backward, EpochSums, TrainingBatch, backward, make_batches, total_weight
+from short_runs import CPU, Quiet, make_dataset, normalised, recipe, run, without_times
 
 EVERY_STEP = ["train.checkpoint_every.steps=1", "train.keep=1000"]
+
+EXACT = exact(torch.device("cpu"), channels_last_on_cpu=False)
 
 
 def states(folder: RunFolder) -> list[dict[str, Any]]:
@@ -108,7 +111,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     model = Plain()
     plan = recipe("train.batch_size=9", f"train.accumulate={accumulate}", f"loss.label_smoothing={label_smoothing}")
-    task: Any = SimpleNamespace(network=Classifier(model, model, None, 4), class_weights=class_weights)
+    task: Any = SimpleNamespace(network=Classifier(model, model, None, 4, EXACT), class_weights=class_weights)
     loss, logits = backward(plan, task, batch)
     assert model.layer.weight.grad is not None
     return model.layer.weight.grad, loss, logits
@@ -141,9 +144,59 @@ def test_no_part_is_larger_than_it_needs_to_be() -> None:
     model, sizes = Plain(), []
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     plan = recipe("train.batch_size=9", "train.accumulate=4")
-    task: Any = SimpleNamespace(network=Classifier(model, model, None, 4), class_weights=None)
+    task: Any = SimpleNamespace(network=Classifier(model, model, None, 4, EXACT), class_weights=None)
     backward(plan, task, make_batch(mixed=False))
     assert sizes == [3, 3, 3]
+
+
+def small_memory(model: nn.Module, images: int) -> None:
+    """Let a model run out of memory with more images than that."""
+
+    def refuse(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    model.register_forward_pre_hook(refuse)
+
+
+def test_where_memory_runs_out_a_batch_is_computed_in_more_parts_and_gives_the_same() -> None:
+    batch, whole = make_batch(mixed=False), gradients(make_batch(mixed=False), 1, None, label_smoothing=0.0)
+    model = Plain()
+    small_memory(model, 3)
+    plan = recipe("train.batch_size=9")
+    network = Classifier(model, model, None, 4, EXACT)
+    task: Any = SimpleNamespace(network=network, class_weights=None, device=CPU)
+    fitting = Backward(plan, task, None, 1)
+    loss, logits = fitting(batch, 0)
+    assert fitting.accumulate == 4 and model.layer.weight.grad is not None
+    for one, other in zip((model.layer.weight.grad, loss, logits), whole, strict=True):
+        torch.testing.assert_close(one, other)
+    small_memory(model, 0)
+    with pytest.raises(torch.OutOfMemoryError):  # not even an image fits
+        fitting(batch, 1)
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_in_parts_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = build_model
+
+    def smaller(*arguments: Any, **settings: Any) -> nn.Module:
+        model = original(*arguments, **settings)
+        small_memory(model.get_submodule("head"), 20)  # where BatchNorm has seen the batch already
+        return model
+
+    monkeypatch.setattr(build, "build_model", smaller)
+    display = Quiet()
+    folder = run(tmp_path, "evaluate.batch_size=50", display=display, monkeypatch=monkeypatch)
+    assert folder.train_log()["accumulate"] == 2  # 32 images a step
+    assert [line for line in display.said if "memory ran out" in line] == [
+        "memory ran out: from here on a batch is computed in 2 parts"
+    ]
+    assert folder.train_log()["status"] == "finished"
+    small = run(tmp_path / "parts", "train.accumulate=2", "evaluate.batch_size=13", monkeypatch=monkeypatch)
+    assert folder.test_log() is not None
+    assert without_times(folder.test_log() or {}) == without_times(small.test_log() or {})
 
 
 def test_the_loss_of_mixed_images_is_that_of_mixed_labels() -> None:
@@ -335,11 +388,11 @@ def test_the_cache_of_a_later_run_is_as_large_as_that_of_the_first(monkeypatch: 
     """Of the memory that was free at first: the process keeps what a run gives back, so less looks free then."""
     free = iter([4000, 1000])
     monkeypatch.setattr("cifarlab.machine.free_memory", lambda device: next(free))
-    experiment._cache_memory.cache_clear()
+    build._cache_memory.cache_clear()
     try:
-        assert [experiment._cache_memory(CPU) for _ in range(2)] == [2000, 2000]
+        assert [build._cache_memory(CPU) for _ in range(2)] == [2000, 2000]
     finally:
-        experiment._cache_memory.cache_clear()
+        build._cache_memory.cache_clear()
 
 
 # --- dropout ---
@@ -403,7 +456,7 @@ def test_resolution_grows_at_the_shares_that_the_recipe_says(monkeypatch: pytest
         "train.resolution=[[0, 16], [0.3, 24], [0.8, 32]]",
         "augment.crop_padding=4",
     )
-    task = experiment.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
+    task = build.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
     batches = make_batches(plan, task, 0, 10)
     sides = [next(batches).inputs.shape[2:] for _ in range(12)]
     assert sides == [(16, 16)] * 3 + [(24, 24)] * 5 + [(32, 32)] * 4
@@ -418,7 +471,7 @@ def test_each_step_mixes_its_own_batch(alphas: tuple[float, float]) -> None:
     plain = recipe("train.batch_size=60")
     mixup, cutmix = alphas
     mixing = recipe("train.batch_size=60", f"loss.mixup={mixup}", f"loss.cutmix={cutmix}")
-    task = experiment.make_task(plain, prepare(make_dataset(), plain.data, 0), CPU, None, lambda _: None)
+    task = build.make_task(plain, prepare(make_dataset(), plain.data, 0), CPU, None, lambda _: None)
     batches = zip(make_batches(plain, task, 0, 5), make_batches(mixing, task, 0, 5), strict=False)
     for step, (plain_batch, batch) in enumerate(itertools.islice(batches, 5)):
         mixed = mix(plain_batch.inputs, plain_batch.labels, mixup=mixup, cutmix=cutmix, seed=0, step=step)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifarlab import experiment
+from cifarlab import build, experiment
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.errors import NotARunError, RecipeError
 from cifarlab.evaluate import Predictions, Tta, choose_tta, predict
@@ -98,7 +98,7 @@ def test_a_number_averages_augmented_views_the_same_ones_each_time(
         folder.path, data_folder=None, device=CPU, report=lambda _: None, override=["evaluate.tta=null"]
     )
     assert none["tta"] is None
-    with pytest.raises(RecipeError, match="expected flip, crops, auto"):
+    with pytest.raises(RecipeError, match="expected flip, crops, diagonal, auto"):
         experiment.score_run(
             folder.path, data_folder=None, device=CPU, report=lambda _: None, override=["evaluate.tta=mirror"]
         )
@@ -107,7 +107,7 @@ def test_a_number_averages_augmented_views_the_same_ones_each_time(
 def test_augmented_views_are_drawn_one_by_one_and_their_probabilities_averaged() -> None:
     """Against the pipeline's own training images of as many draws; what comes back are logarithms of probabilities."""
     plan = recipe(AUGMENT)
-    task = experiment.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
+    task = build.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
     assert task.validation is not None
     got = predict(task.network, task.store, task.validation, task.pipeline, 500, tta=3, seed=7)
     pixels = next(iter(task.store.batches(task.validation, 500))).pixels

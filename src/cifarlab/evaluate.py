@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cifarlab import machine
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore
 from cifarlab.features import CacheKey, FrozenStages
+from cifarlab.numerics import Numerics
 from cifarlab.seeds import derive_seed
 
-# `evaluate.tta`: none, mirrored as well, five places mirrored and not, or so many augmented versions.
-Tta = Literal["flip", "crops"] | int | None
+# `evaluate.tta`: none, mirrored as well, five places mirrored and not, three of them, or so many augmented versions.
+Tta = Literal["flip", "crops", "diagonal"] | int | None
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,33 @@ class Predictions:
 class Classifier:
     """A model as it is run: its frozen stages apart where they are, and how many of its outputs are classes.
 
-    model: all of it. rest: what comes after `frozen`; the model itself where nothing is apart.
+    model: all of it. rest: what comes after `frozen`; the model itself where nothing is apart. compiled: `rest` as
+    training runs it, where some of it is compiled.
     """
 
     model: nn.Module
     rest: nn.Module
     frozen: FrozenStages | None
     classes: int
+    numerics: Numerics
+    compiled: Callable[[Tensor], Tensor] | None = None
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """What `rest` makes of its inputs, (B, …): float32 (B, outputs)."""
+        with self.numerics.autocast(inputs.device):
+            output: Tensor = self.rest(inputs)
+        return output.float()
+
+    def training_logits(self, inputs: Tensor, *, compiled: bool) -> Tensor:
+        """The same with a graph, as training computes it; compiled: where it is compiled, and not eager in any case."""
+        if compiled and self.compiled is not None:
+            with self.numerics.autocast(inputs.device):
+                return self.compiled(inputs).float()
+        with self.numerics.training(inputs.device):
+            output: Tensor = self.rest(inputs)
+        return output.float()
 
 
-@torch.inference_mode()
 def predict(
     network: Classifier,
     store: ImageStore,
@@ -72,7 +91,30 @@ def predict(
     tta: with test-time augmentation, logits are the logarithm of the views' mean probabilities; augmented versions are
     drawn from `seed`. remember: a name for these images, which will be asked for again: what frozen stages make
     of them is kept. Leaves every part of the model in the mode it was in. What is returned is on the CPU.
+    Where memory runs out, the batches are halved.
     """
+    while True:
+        try:
+            return _predict(network, store, samples, pipeline, batch_size, tta, seed, remember)
+        except (MemoryError, RuntimeError) as error:
+            if not machine.is_out_of_memory(error) or batch_size == 1:
+                raise
+        # Not in the `except`: the exception holds the frames that hold the memory.
+        batch_size = math.ceil(batch_size / 2)
+        machine.give_back_memory(store.device)
+
+
+@torch.inference_mode()
+def _predict(
+    network: Classifier,
+    store: ImageStore,
+    samples: Tensor,
+    pipeline: Pipeline,
+    batch_size: int,
+    tta: Tta,
+    seed: int,
+    remember: str | None,
+) -> Predictions:
     views = _views(pipeline, tta, seed, len(store))
     key = CacheKey(remember, pipeline.output_size[0], 0) if remember is not None and tta is None else None
     logits, labels = [], []
@@ -85,8 +127,8 @@ def predict(
                 else:
                     make = partial(view.of, pipeline, batch)
                     inputs = network.frozen(make, batch.samples, key, keep=True, images=len(store), rows=len(samples))
-                outputs.append(network.rest(inputs)[:, : network.classes].float())
-            logits.append(outputs[0] if tta is None else _log_mean_probability(outputs))
+                outputs.append(network.logits(inputs)[:, : network.classes])
+            logits.append(outputs[0] if tta is None else _log_mean_probability(outputs, [v.weight for v in views]))
             labels.append(batch.labels)
     return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu(), samples)
 
@@ -97,6 +139,7 @@ class _View(NamedTuple):
     flip: bool = False
     shift: tuple[int, int] = (0, 0)
     draws: Draws | None = None
+    weight: float = 1.0
 
     def of(self, pipeline: Pipeline, batch: Batch) -> Tensor:
         """float32 (B, 3, H, W): what the network takes."""
@@ -114,13 +157,20 @@ def _views(pipeline: Pipeline, tta: Tta, seed: int, images: int) -> list[_View]:
         by = pipeline.tta_shift
         shifts = [(0, 0), (-by, -by), (-by, by), (by, -by), (by, by)]
         return [_View(flip, shift) for shift in shifts for flip in (False, True)]
+    if tta == "diagonal":
+        # The six views of Jordan's speedruns (arXiv 2404.00498, section 3.5): the middle counts as much as both others.
+        by = pipeline.tta_shift_least
+        weights = {(0, 0): 2.0, (-by, -by): 1.0, (by, by): 1.0}
+        return [_View(flip, shift, weight=weight) for shift, weight in weights.items() for flip in (False, True)]
     return [_View(draws=pipeline.draw(derive_seed(seed, "tta", number), 0, images)) for number in range(tta)]
 
 
-def _log_mean_probability(outputs: list[Tensor]) -> Tensor:
-    """Logits (B, K) of each view to the logarithm of their mean probability, float32 (B, K)."""
+def _log_mean_probability(outputs: list[Tensor], weights: list[float]) -> Tensor:
+    """Logits (B, K) of each view to the logarithm of their weighted mean probability, float32 (B, K)."""
     log_probabilities = F.log_softmax(torch.stack(outputs), -1)
-    return torch.logsumexp(log_probabilities, 0) - math.log(len(outputs))
+    if len(set(weights)) > 1:
+        log_probabilities = log_probabilities + torch.tensor(weights, device=outputs[0].device).log()[:, None, None]
+    return torch.logsumexp(log_probabilities, 0) - math.log(sum(weights))
 
 
 @contextlib.contextmanager
@@ -136,7 +186,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def choose_tta(
-    asked: Literal["flip", "crops", "auto"] | int,
+    asked: Literal["flip", "crops", "diagonal", "auto"] | int,
     plain: Predictions,
     again: Callable[[Tta], Predictions],
 ) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shlex
 import subprocess
 import sys
@@ -14,45 +13,48 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from cifarlab import __version__, files, machine, metrics, numerics, plots
-from cifarlab.data.augment import Pipeline
+from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
+from cifarlab.choices import Decided, decide
 from cifarlab.data.batches import ImageStore, reader_died
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import Part, Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
-from cifarlab.data.split import balanced_choice
 from cifarlab.download import Report
-from cifarlab.errors import NotARunError, RunError
+from cifarlab.errors import NotARunError, RecipeError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict
-from cifarlab.features import FrozenStages
-from cifarlab.models import build_model, channels_last_on_cpu, outline, outputs
-from cifarlab.models.chain import chain, freeze, verified_chain
-from cifarlab.models.weights import Weights, find_weights, load_weights
+from cifarlab.models import outline
+from cifarlab.models.chain import freeze
+from cifarlab.models.weights import Weights, find_weights
 from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, make_recipe
+from cifarlab.recipe_sections import NumericsChoice
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Average, Display, StopRequest, Task, mark, train
+from cifarlab.train import Display, StopRequest, Task, mark, train
 
 
-def check_plans(plans: Sequence[Recipe], runs: Path, report: Report) -> None:
+def check_plans(plans: Sequence[Recipe], runs: Path, device: torch.device, report: Report) -> None:
     """Refuse what can be known to fail before images are read or downloaded; pretrained weights are fetched.
 
-    Raises RecipeError for an unknown network, for what it can't do and for a file of weights that isn't there;
+    Raises RecipeError for an unknown network, for what it can't do, for numerics that the device can't and for a file
+    of weights that isn't there;
     DataError for a folder that is not there, DownloadError for weights that are not to be had, StorageError where the
     run folders can't be made.
     """
     # Seeds make no difference to what is looked at here.
     distinct = {(plan.datasets, plan.fingerprint()): plan for plan in plans}.values()
     for plan in distinct:
+        choice = plan.train.numerics
+        if isinstance(choice, NumericsChoice) and (reason := numerics.impossible(device, choice)) is not None:
+            raise RecipeError(f"train.numerics ({choice}): {reason}; set it to auto")
         classes, own_side = dataset_shape(plan.datasets[0])
         size, *more = ((side or own_side, side or own_side) for side in (plan.evaluation_side, *plan.sides))
         model = outline(plan.model, classes=classes, size=size, more=more)
         freeze(model, plan.model.freeze_stages)
         parameter_groups(plan.optimizer, model)
         for side in plan.sides:
-            _pipeline(plan, side, (own_side, own_side), (0, 0, 0), (1, 1, 1), torch.device("cpu"))
+            make_pipeline(plan, side, (own_side, own_side), (0, 0, 0), (1, 1, 1), torch.device("cpu"))
     files.make_folder(runs)
     for plan in distinct:
         find_weights(plan.model, report)
@@ -73,6 +75,7 @@ def run_experiment(
     stop: StopRequest,
     process_started: float,
     report: Report,
+    profile: bool = False,
 ) -> RunFolder:
     """Run a resolved recipe (one dataset, one seed) and return its run folder.
 
@@ -85,14 +88,19 @@ def run_experiment(
         for finding in _findings(prepared):
             report(finding)
         weights = find_weights(recipe.model, report)
+        decided = decide(recipe, prepared, device, weights, report)
+    recipe = decided.recipe
+    with _explained(recipe):
         task = make_task(recipe, prepared, device, weights, report)
         if recipe.caches and task.network.frozen is None:
             report(f"the frozen stages of '{recipe.model.name}' can't be run apart: they are computed at every step")
+        if task.network.numerics.compiled and task.network.compiled is None:
+            report(f"train.numerics.compile: there is nothing to compile in '{recipe.model.name}' as it is trained")
         run = RunFolder.create(runs, recipe, datetime.now())
         report(f"run folder: {run.path}")
         try:
-            run.write_environment(_environment(dataset, prepared, device, task, weights))
-            train(recipe, task, run, display, stop, process_started)
+            run.write_environment(_environment(dataset, prepared, device, task, weights, decided))
+            train(recipe, task, run, display, stop, process_started, profile=profile)
             log = run.train_log()
             best = log["best_epoch"], log["best_weights"]
             plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
@@ -127,12 +135,18 @@ def _explained(recipe: Recipe) -> Iterator[None]:
             f"are one pixel at this size of images; set a larger train.batch_size{parts}, or a larger train.resolution"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        # "not enough memory" (CPU), "CUDA out of memory", "MPS backend out of memory"
-        if isinstance(error, MemoryError) or ("memory" in str(error) and "alloc" in str(error)):
-            smaller = max(1, recipe.train.batch_size // 2)
+        if machine.is_out_of_memory(error):
+            size = recipe.train.batch_size
+            advice = (
+                "a number for train.batch_size" if size == "auto" else f"--set train.batch_size={max(1, size // 2)}"
+            )
             raise RunError(
-                f"out of memory ({' '.join(str(error).split())[:100]}); "
-                f"try --set train.batch_size={smaller}, or a smaller train.resolution"
+                f"out of memory ({' '.join(str(error).split())[:100]}); try {advice}, or a smaller train.resolution"
+            ) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RunError(
+                f"torch.compile failed here ({' '.join(str(error).split())[:200]}); set "
+                "train.numerics.compile=false, or train.numerics=exact"
             ) from error
         if (died := reader_died(error)) is None:
             raise
@@ -168,6 +182,13 @@ def score_run(
     recorded = Path(str(data.get("folder")))
     if data_folder is None and data.get("folder") and recorded.is_dir():
         data_folder = recorded
+    choice = recipe.train.numerics
+    if isinstance(choice, NumericsChoice):
+        choice = choice.model_copy(update={"compile": False})  # nothing is, in evaluation
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"numerics": choice})})
+        if (reason := numerics.impossible(device, choice)) is not None:
+            report(f"the run's numerics ({choice}) are not to be had here: {reason}; scoring in float32")
+            recipe = make_recipe(recipe.to_dict(), ["train.numerics=exact"])
     with _explained(recipe):
         dataset = load(recipe, data_folder, report)
         prepared = prepare(dataset, recipe.data, recipe.seed)
@@ -196,14 +217,16 @@ def _score(
     state = run.load_checkpoint("best.pth")
     before = run.test_log() or {}
     looks = before.get("test_looks", 0)
-    store = _store(prepared.test, recipe, device)
-    numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
+    store = make_store(prepared.test, recipe, device)
+    numbers = numerics_of(recipe, device)
     try:
         mean, std = state["mean"], state["std"]
-        pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers.memory_format)
-        model = _model(recipe, len(prepared.classes), pipeline.output_size, None, device, numbers)
+        pipeline = make_pipeline(
+            recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers.memory_format
+        )
+        model = make_model(recipe, len(prepared.classes), pipeline.output_size, None, device, numbers)
         model.load_state_dict(state["model"])
-        network = Classifier(model, model, None, len(prepared.classes))
+        network = Classifier(model, model, None, len(prepared.classes), numbers)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise NotARunError(f"{run.path / 'best.pth'} does not fit the recipe's network: {reason}") from error
@@ -217,7 +240,7 @@ def _score(
     chosen = run.train_log().get("tta") if tta == recipe.evaluate.tta else None
     if chosen is None and tta is not None:
         if (part := prepared.validation) is not None:
-            images = store if part.images is prepared.test.images else _store(part, recipe, device)
+            images = store if part.images is prepared.test.images else make_store(part, recipe, device)
             chosen = choose_tta(tta, look(part, images, None), lambda mode: look(part, images, mode))
         else:
             chosen = {"mode": tta}  # not "auto", which recipes without validation images refuse
@@ -263,140 +286,6 @@ def _score(
     return log
 
 
-def make_task(
-    recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None, report: Report
-) -> Task:
-    """The network, the images and the pipelines of a run, on the device. Raises RecipeError where they do not fit."""
-    store = _store(prepared.train, recipe, device)
-    mean, std = prepared.mean, prepared.std
-    if weights is not None and weights.mean is not None and weights.std is not None:
-        mean, std = weights.mean, weights.std
-    numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
-    pipeline = _pipeline(recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers.memory_format)
-    pipelines = tuple(
-        (share, _pipeline(recipe, side, store.image_size, mean, std, device, numbers.memory_format))
-        for share, side in recipe.train.resolutions
-    )
-    model = _model(recipe, len(prepared.classes), pipeline.output_size, weights, device, numbers)
-    network = _network(recipe, model, len(prepared.classes), pipeline.output_size, device, numbers, report)
-    average = None
-    if recipe.train.ema is not None:
-        from timm.utils.model_ema import ModelEmaV3  # half a second
-
-        ema = ModelEmaV3(model, decay=recipe.train.ema, use_warmup=True)
-        rest = ema.module
-        if network.frozen is not None and (parts := chain(rest)) is not None:
-            rest = parts.rest(recipe.model.freeze_stages)
-        average = Average(ema, Classifier(ema.module, rest, network.frozen, network.classes))
-    validation_store = sample = None
-    if prepared.validation is not None:
-        shared = prepared.validation.images is prepared.train.images
-        validation_store = store if shared else _store(prepared.validation, recipe, device)
-        count = min(len(prepared.validation), len(prepared.train))
-        sample = balanced_choice(prepared.train.images.labels, prepared.train.index, count, recipe.seed)
-    return Task(
-        network=network,
-        average=average,
-        pipelines=pipelines,
-        pipeline=pipeline,
-        numerics=numbers,
-        store=store,
-        train=torch.from_numpy(prepared.train.index),
-        validation_store=validation_store,
-        validation=torch.from_numpy(prepared.validation.index) if prepared.validation is not None else None,
-        train_sample=torch.from_numpy(sample) if sample is not None else None,
-        class_weights=_class_weights(recipe, prepared, device),
-        device=device,
-        description={
-            "cifarlab": __version__,
-            "recipe": recipe.to_dict(),
-            "classes": list(prepared.classes),
-            "mean": list(mean),
-            "std": list(std),
-        },
-    )
-
-
-def _pipeline(
-    recipe: Recipe,
-    side: int | None,
-    size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Pipeline:
-    return Pipeline(
-        size=size,
-        resolution=side,
-        reference=recipe.train.last_resolution,
-        interpolation=recipe.data.interpolation,
-        augment=recipe.augment,
-        mean=mean,
-        std=std,
-        device=device,
-        memory_format=memory_format,
-    )
-
-
-def _model(
-    recipe: Recipe,
-    classes: int,
-    size: tuple[int, int],
-    weights: Weights | None,
-    device: torch.device,
-    numbers: numerics.Numerics,
-) -> nn.Module:
-    """The recipe's model on the device: freshly initialised, then with its pretrained weights, some of it frozen."""
-    model = build_model(recipe.model, classes=classes, size=size, seed=recipe.seed)
-    if weights is not None:
-        load_weights(model, recipe.model, weights)
-    freeze(model, recipe.model.freeze_stages)
-    return model.to(device).to(memory_format=numbers.memory_format)
-
-
-def _network(
-    recipe: Recipe,
-    model: nn.Module,
-    classes: int,
-    size: tuple[int, int],
-    device: torch.device,
-    numbers: numerics.Numerics,
-    report: Report,
-) -> Classifier:
-    """The model with its frozen stages apart, where they are to be cached and it can be taken apart."""
-    section = recipe.model
-    parts = verified_chain(model, size[0]) if recipe.caches else None
-    if parts is None:
-        return Classifier(model, model, None, classes)
-    memory = _cache_memory(device) if section.cache_memory is None else section.cache_memory * 1_000_000
-    dtype = torch.bfloat16 if section.cache == "bfloat16" else torch.float32
-    frozen = FrozenStages(parts.front(section.freeze_stages), dtype, memory, numbers.memory_format, report)
-    return Classifier(model, parts.rest(section.freeze_stages), frozen, classes)
-
-
-@functools.cache
-def _cache_memory(device: torch.device) -> int:
-    """Half of the memory that was free at first: what a run gives back to the process, the next one finds taken."""
-    return machine.free_memory(device) // 2
-
-
-def _store(part: Part, recipe: Recipe, device: torch.device) -> ImageStore:
-    memory = recipe.data.memory * 1_000_000 if recipe.data.memory is not None else None
-    return ImageStore.of(part.images, device, memory=memory, workers=recipe.data.workers)
-
-
-def _class_weights(recipe: Recipe, prepared: Prepared, device: torch.device) -> Tensor | None:
-    """float32 (classes,): images / (classes × images of the class), scikit-learn's `balanced`; a class without: 0."""
-    if recipe.loss.class_weights is None:
-        return None
-    counts = torch.from_numpy(prepared.train.labels).bincount(minlength=len(prepared.classes)).double()
-    weights = torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 0.0)
-    # Outputs that are no class (model.head: keep) are nobody's label.
-    weights = torch.cat([weights, weights.new_ones(outputs(recipe.model, len(counts)) - len(counts))])
-    return weights.float().to(device)
-
-
 def _findings(prepared: Prepared) -> list[str]:
     """What the user should know of the data, a line each."""
     record = prepared.record
@@ -414,17 +303,27 @@ def _findings(prepared: Prepared) -> list[str]:
 
 
 def _environment(
-    dataset: Dataset, prepared: Prepared, device: torch.device, task: Task, weights: Weights | None
+    dataset: Dataset,
+    prepared: Prepared,
+    device: torch.device,
+    task: Task,
+    weights: Weights | None,
+    decided: Decided,
 ) -> dict[str, Any]:
+    numbers = task.network.numerics
     return {
         "cifarlab": __version__,
         **machine.describe(device),
         "numerics": {
-            "name": task.numerics.name,
-            "dtype": str(task.numerics.dtype).removeprefix("torch."),
-            "memory_format": str(task.numerics.memory_format).removeprefix("torch."),
-            "compiled": False,
-            "deterministic": task.numerics.deterministic,
+            "name": numbers.name,
+            "dtype": str(numbers.dtype).removeprefix("torch."),
+            "memory_format": str(numbers.memory_format).removeprefix("torch."),
+            "compiled": numbers.compiled if task.network.compiled is not None else False,
+            "deterministic": numbers.deterministic,
+            "tried": decided.numerics,
+        },
+        "batch_size": {
+            "tried": decided.batch_sizes,
         },
         "weights": None
         if weights is None

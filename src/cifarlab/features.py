@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cifarlab.download import Report
+from cifarlab.numerics import Numerics
 
 
 class CacheKey(NamedTuple):
@@ -54,16 +55,14 @@ class FrozenStages:
     when something does not fit.
     """
 
-    def __init__(
-        self, front: nn.Module, dtype: torch.dtype, memory: int, memory_format: torch.memory_format, report: Report
-    ) -> None:
+    def __init__(self, front: nn.Module, dtype: torch.dtype, memory: int, numerics: Numerics, report: Report) -> None:
         self.front = front
         self.dtype = dtype
         self.memory_left = memory
         self.computed = self.recalled = 0  # images
         self._memory = memory
         self._peak = 0
-        self._memory_format = memory_format
+        self._numerics = numerics
         self._report: Report | None = report
         self._shelves: dict[CacheKey, _Shelf | None] = {}  # None: there was no room
 
@@ -104,13 +103,14 @@ class FrozenStages:
     def _compute(self, pixels: Tensor) -> Tensor:
         """(B, h, w, C), channels last, as most layers like them and as rows are copied fastest; or (B, C)."""
         self.computed += len(pixels)
-        output: Tensor = self.front(pixels)
+        with self._numerics.autocast(pixels.device):
+            output: Tensor = self.front(pixels)
         return (output.permute(0, 2, 3, 1) if output.ndim == 4 else output).to(self.dtype)
 
     def _restored(self, rows: Tensor) -> Tensor:
         if rows.ndim != 4:
             return rows.float()
-        return rows.float().permute(0, 3, 1, 2).contiguous(memory_format=self._memory_format)
+        return rows.float().permute(0, 3, 1, 2).contiguous(memory_format=self._numerics.memory_format)
 
     def _make_room(self, key: CacheKey, computed: Tensor, images: int, rows: int) -> _Shelf | None:
         """A shelf for all rows of a key; None where that is more than the memory that is left."""

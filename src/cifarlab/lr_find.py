@@ -12,15 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from cifarlab.errors import DivergedError, UsageError
 from cifarlab.models.chain import set_mode
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
 from cifarlab.schedule import Values
-from cifarlab.seeds import derive_seed
-from cifarlab.train import Task, backward, make_batches
+from cifarlab.train import Backward, Task, apply_gradients, make_batches, make_scaler
 
 SMOOTHING = 0.9  # of the loss, as an exponential moving average without its bias
 TOO_HIGH = 4.0  # the test ends where the smoothed loss is so many times its lowest
@@ -56,18 +54,19 @@ def learning_rate_test(
     if steps < 10:
         raise UsageError(f"--steps {steps} is too few to see a curve; give at least 10")
     model = task.network.model
-    optimizer = build_optimizer(recipe.optimizer, model)
+    scaler = make_scaler(task)
+    optimizer = build_optimizer(recipe.optimizer, model, scaled=scaler is not None)
     set_mode(model, recipe.model.freeze_stages, backbone=False)
     batches = make_batches(recipe, dataclasses.replace(task, pipelines=((0.0, task.pipelines[-1][1]),)), 0, steps)
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
+    fitting_backward = Backward(recipe, task, scaler, recipe.train.accumulate)
     for step in range(steps):
         rate = low * (high / low) ** (step / (steps - 1))
         set_learning_rate(optimizer, Values(rate / recipe.optimizer.lr, None))
-        torch.manual_seed(derive_seed(recipe.seed, "step", step))
         optimizer.zero_grad(set_to_none=True)
-        loss, _ = backward(recipe, task, next(batches))
+        loss, _ = fitting_backward(next(batches), step)
         average = SMOOTHING * average + (1 - SMOOTHING) * loss.item()
         smoothed = average / (1 - SMOOTHING ** (step + 1))
         if not math.isfinite(smoothed) or (losses and smoothed > TOO_HIGH * min(losses)):
@@ -75,9 +74,7 @@ def learning_rate_test(
         rates.append(rate)
         losses.append(smoothed)
         progress(step + 1, rate, smoothed)
-        if recipe.train.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip_grad_norm)
-        optimizer.step()
+        apply_gradients(recipe, model, optimizer, scaler)
     if not losses:
         raise DivergedError(f"the loss is not finite at the first step, with a learning rate of {low:g}")
     return LearningRateTest(rates, losses, *read_curve(rates, losses))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # glibc's numbers for mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_INT_MAX = 2**31 - 1
+_NEVER = -1
+# Linux's, for madvise(2).
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20
 
 
 def process_age() -> float:
@@ -36,6 +40,56 @@ def process_age() -> float:
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
+def prepare(keep: bool = True, huge: bool = True, pin: bool = True, flush: bool = True) -> dict[str, bool]:
+    """Make this process ready for training on the CPU; call before torch is imported. Returns what took effect.
+
+    keep: memory stays in the process. huge: and in pages of 2 MB. pin: torch's worker threads stay on their cores.
+    flush: numbers too small for full precision become zero, as CPUs are slow with them. Once a process is ready,
+    another call changes nothing.
+    """
+    if not _prepared:
+        kept = keep and keep_memory()
+        asked = kept and huge and ask_for_huge_pages(available_memory() // 2)
+        with _pinning(pin) as pinned:
+            import torch
+
+            # Threads inherit this from the one that starts them: all do the same arithmetic only if it comes first.
+            flushed = flush and torch.set_flush_denormal(True)
+            torch.ones(1_000_000).add_(1)  # the threads start with the first parallel loop
+        _prepared.update(memory_kept=kept, huge_pages=asked, threads_pinned=pinned, denormals_flushed=flushed)
+    return dict(_prepared)
+
+
+# Where Linux says what a container may have (cgroup v2).
+_CGROUP = Path("/sys/fs/cgroup")
+# What `prepare` did, for the record.
+_prepared: dict[str, bool] = {}
+
+
+@contextlib.contextmanager
+def _pinning(asked: bool) -> Iterator[bool]:
+    """Inside, torch is to be imported, and starts OpenMP threads that each stay on a core. Gives whether they do.
+
+    Not where the user has a say in it already, or wants fewer threads than there are cores: two processes with a thread
+    each would sit on the same core. The main thread is let go again, and the request taken back: threads and processes
+    that it starts, to read images or to compile, would all inherit its one core.
+    """
+    spoken = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+    taken = "torch" in sys.modules or any(name in os.environ for name in spoken)
+    if not asked or sys.platform != "linux" or taken:
+        yield False
+        return
+    cores = os.sched_getaffinity(0)
+    request = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    os.environ.update(request)
+    try:
+        yield True
+    finally:
+        for name in request:
+            del os.environ[name]
+        os.sched_setaffinity(0, cores)
+
+
 def keep_memory() -> bool:
     """Make glibc keep freed memory in the process; call before the first tensor. Returns whether it took effect.
 
@@ -46,7 +100,33 @@ def keep_memory() -> bool:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX))
+    return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def ask_for_huge_pages(size: int) -> bool:
+    """Let the next `size` bytes of the heap be backed by pages of 2 MB where the kernel has some; after `keep_memory`.
+
+    A step goes through gigabytes; with pages of 4 KB the CPU looks up a new address every few hundred values. Returns
+    whether the kernel was asked. Nothing is taken before it is used: the heap only gets its addresses now.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    with contextlib.suppress(OSError):
+        # Where the kernel keeps accounts, addresses alone would count as memory.
+        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+            return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(size)
+    if not block:
+        return False
+    first = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+    length = (block + size - first) // _HUGE_PAGE * _HUGE_PAGE
+    asked = length > 0 and bool(libc.madvise(first, length, _MADV_HUGEPAGE) == 0)
+    libc.free(block)  # back to the heap, which keeps it
+    return asked
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,6 +151,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(kind, int(index))
 
 
+@functools.cache
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself; where it is emulated, it can be 25 times slower than float32."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16"))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was asked, so that a clock can be read."""
     import torch
@@ -79,6 +168,41 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of the device or of the machine.
+
+    "not enough memory" (CPU), "Cannot allocate memory" (shared memory), "CUDA out of memory", "CUDA error: out of
+    memory", "MPS backend out of memory", and what cuBLAS and cuDNN say where they can't have their workspace.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    signs = (
+        *("out of memory", "not enough memory", "status_alloc_failed", "bad_alloc"),
+        *("can't allocate memory", "cannot allocate memory"),
+    )
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Let go of what the allocator keeps for later; call outside of the `except`, whose exception holds tensors."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cpu" and _prepared.get("memory_kept"):
+        ctypes.CDLL(None).malloc_trim(0)
+        if _prepared.get("huge_pages"):
+            ask_for_huge_pages(available_memory() // 2)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:
@@ -91,8 +215,28 @@ def free_memory(device: torch.device) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that may be taken without pushing anything out."""
-    return int(psutil.virtual_memory().available)
+    """Bytes of main memory that may be taken without pushing anything out; what a container leaves, in one."""
+    available = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup (v2), or no limit: "max"
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        # Files that were read count as used, and go when memory is wanted.
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        reclaimable = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+        available = min(available, max(0, limit - used + reclaimable))
+    return available
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has; of main memory what a container may have, in one."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    total = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int((_CGROUP / "memory.max").read_text()))
+    return total
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -122,6 +266,20 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def identity(device: torch.device) -> dict[str, Any]:
+    """What decides which way of computing is the fastest, JSON-ready: device, CPU capability, threads, torch."""
+    import torch
+
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What decides speed and bits here, JSON-ready: device, CPU capability, threads, versions."""
     import numpy
@@ -129,16 +287,13 @@ def describe(device: torch.device) -> dict[str, Any]:
     import torchvision
 
     return {
+        **identity(device),
         "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "prepared": dict(_prepared),
         "memory": int(psutil.virtual_memory().total),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,

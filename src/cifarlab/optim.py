@@ -9,8 +9,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from cifarlab import machine
 from cifarlab.errors import RecipeError
 from cifarlab.models.chain import head_parameters, layer_ids
+from cifarlab.models.racing import whitening_biases
 from cifarlab.recipe_optimizer import (
     AdamOptimizer,
     AdamWOptimizer,
@@ -41,23 +43,30 @@ def parameter_groups(section: Optimizer, model: nn.Module) -> list[dict[str, Any
     spared = set() if section.decay_norms_and_biases else _without_decay(model)
     matrices = _matrices(model, head) if isinstance(section, MuonOptimizer) else set()
 
-    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
+    fading = whitening_biases(model)
+    groups: dict[tuple[float, float, bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         lr = section.lr * section.layer_decay ** (deepest - depths.get(name, deepest))
         if isinstance(section, MuonOptimizer) and name not in matrices:
             lr *= section.rest_lr_factor
+        if section.bias_lr is not None and parameter.ndim <= 1:
+            lr = section.bias_lr
         if section.head_lr is not None and name in head:
             lr = section.head_lr
-        key = (lr, 0.0 if name in spared else section.weight_decay, name in matrices)
+        decay = section.weight_decay
+        if isinstance(section, MuonOptimizer) and section.rest == "sgd" and name not in matrices:
+            decay = section.rest_decay / lr
+        key = (lr, 0.0 if name in spared else decay, name in matrices, name in fading)
         groups.setdefault(key, []).append(parameter)
     if not groups:
         raise RecipeError("the model has no trainable parameters: let the recipe leave some unfrozen")
     return [
         {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
-        | (_muon_fields(is_matrix) if isinstance(section, MuonOptimizer) else {})
-        for (lr, weight_decay, is_matrix), parameters in groups.items()
+        | ({"fades": True} if fades else {})
+        | (_muon_fields(section, is_matrix) if isinstance(section, MuonOptimizer) else {})
+        for (lr, weight_decay, is_matrix, fades), parameters in groups.items()
     ]
 
 
@@ -88,19 +97,26 @@ def _matrices(model: nn.Module, head: Iterable[str]) -> set[str]:
     } - (grouped | set(head))
 
 
-def _muon_fields(is_matrix: bool) -> dict[str, Any]:
+def _muon_fields(section: MuonOptimizer, is_matrix: bool) -> dict[str, Any]:
+    if section.rest == "sgd":
+        return {"use_muon": is_matrix, "momentum": section.momentum if is_matrix else section.rest_momentum}
     # With Nesterov's momentum timm would take NAdamW for the rest; its eps is for matrices, not AdamW's.
     return {"use_muon": True} if is_matrix else {"use_muon": False, "nesterov": False, "eps": 1e-8}
 
 
-def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a recipe for a model that is already on its device."""
+def build_optimizer(section: Optimizer, model: nn.Module, *, scaled: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of a recipe for a model that is already on its device.
+
+    scaled: whether a GradScaler calls it, which leaves out steps that overflow.
+    """
     groups = parameter_groups(section, model)
     # The fused step is 2 to 5 times as fast as the others, on the CPU too (17M parameters, one thread:
     # AdamW 8 ms against 41, SGD 5 ms against 14), and gives the same bits with any number of threads.
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     match section:
         case SGDOptimizer():
+            # Where the first step is left out, the fused one goes on from a momentum that was never written.
+            fused = fused and not scaled
             return torch.optim.SGD(
                 groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov, fused=fused
             )
@@ -114,6 +130,8 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
             )
         case LionOptimizer():
             return Lion(groups, lr=section.lr, betas=section.betas)
+        case MuonOptimizer(rest="sgd"):
+            return MuonSGD(groups, lr=section.lr, ns_steps=section.ns_steps, nesterov=section.nesterov)
         case MuonOptimizer():
             from timm.optim.muon import Muon
 
@@ -129,14 +147,17 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
             return muon
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, values: Values) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, values: Values, fading: float | None = None) -> None:
     """Give every group its `base_lr` times the schedule's factor, and the momentum where the schedule moves it.
+
+    fading: the factor of what trains for a part of the run only (`model.whitening_bias`); None: the schedule's too.
 
     Momentum is the first of `betas` for optimizers that have them, as in PyTorch's `OneCycleLR`; for Muon's matrices,
     whose groups have both, it is `momentum`.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * values.lr
+        factor = fading if group.get("fades") and fading is not None else values.lr
+        group["lr"] = group["base_lr"] * factor
         if values.momentum is not None:
             if "betas" in group and not group.get("use_muon"):
                 group["betas"] = (values.momentum, *group["betas"][1:])
@@ -189,3 +210,70 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_add_(weights, updates, alpha=-group["lr"])
             torch._foreach_lerp_(momenta, gradients, 1 - beta2)
         return loss
+
+
+class MuonSGD(torch.optim.Optimizer):
+    """Muon as in the CIFAR-10 speedruns (airbench94), beside SGD with Nesterov's momentum; a group says which it gets.
+
+    With a matrix W of r rows, a convolution's filters as rows, gradient G and momentum M (`use_muon`):
+
+    M = momentum × M + G;  U = orthogonal(G + momentum × M);  W = √r × W / |W| - lr × U
+
+    U comes from `ns_steps` Newton-Schulz steps (timm's, with Jordan's coefficients), in bf16 where the device has it.
+    """
+
+    def __init__(
+        self, params: Iterable[dict[str, Any]], lr: float, *, ns_steps: int = 3, nesterov: bool = True
+    ) -> None:
+        defaults = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "use_muon": False}
+        super().__init__(params, defaults | {"ns_steps": ns_steps, "nesterov": nesterov})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; parameters without a gradient stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            gradients = [weight.grad for weight in weights]
+            if not group["use_muon"] and group["weight_decay"]:
+                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+            for weight in weights:
+                if "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            updates = momenta
+            if group["nesterov"]:
+                updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
+            if group["use_muon"]:
+                updates = [_orthogonal(update, group["ns_steps"]) for update in updates]
+                for weight in weights:
+                    weight.mul_(len(weight) ** 0.5 / weight.norm())
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        return loss
+
+
+def _orthogonal(update: Tensor, steps: int) -> Tensor:
+    """Roughly the nearest to a matrix (r, …) with orthogonal rows or columns: singular values from 0.5 to 1.5."""
+    from timm.optim.muon import zeropower_via_newtonschulz
+
+    fast = update.device.type != "cpu" or machine.has_fast_bf16()
+    matrix = zeropower_via_newtonschulz(
+        update.reshape(len(update), -1),
+        steps,
+        [(3.4445, -4.7750, 2.0315)],
+        dtype=torch.bfloat16 if fast else torch.float32,
+    )
+    return matrix.to(update.dtype).reshape(update.shape)

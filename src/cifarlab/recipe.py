@@ -74,8 +74,10 @@ class Recipe(Section):
     def _durations_can_be_kept(self) -> Self:
         if self.schedule.warmup is not None and self.schedule.warmup.minutes is not None:
             raise ValueError("schedule.warmup: minutes need a time budget; give epochs, steps or share")
-        if self.model.freeze_backbone is not None and self.model.freeze_backbone.minutes is not None:
-            raise ValueError("model.freeze_backbone: minutes need a time budget; give epochs, steps or share")
+        for name in ("freeze_backbone", "whitening_bias"):
+            duration = getattr(self.model, name)
+            if duration is not None and duration.minutes is not None:
+                raise ValueError(f"model.{name}: minutes need a time budget; give epochs, steps or share")
         every = self.train.checkpoint_every
         if every is not None and not any(every.model_dump().values()):
             raise ValueError("train.checkpoint_every: expected more than 0; null keeps no checkpoints")
@@ -345,7 +347,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> di
             values = _without_foreign_fields(key.removesuffix(".name"), values, value)
         return {**values, head: value}
     inner = values.get(head)
-    if inner is None:
+    if inner is None or (key.startswith("train.numerics.") and inner in ("auto", "exact")):
         inner = {}
     if not isinstance(inner, dict):
         raise RecipeError(f"--set {key}: '{head}' is {_shown(inner)}, which has no field '{rest[0]}'")

@@ -30,6 +30,7 @@ class _Groups(Section):
         description="learning rate of a layer over that of the layer after it; the last has `lr`; 1: all have the same",
     )
     head_lr: Real | None = Field(default=None, gt=0, description="learning rate of the last layer; null: `lr`")
+    bias_lr: Real | None = Field(default=None, gt=0, description="learning rate of norms and biases; null: `lr`")
     decay_norms_and_biases: Boolean = Field(
         default=True, description="whether weight decay also acts on normalisation layers and biases"
     )
@@ -92,10 +93,11 @@ class LionOptimizer(_Groups):
 
 
 class MuonOptimizer(_Groups):
-    """Muon (Keller Jordan 2024): the momentum of matrices and convolutions, made orthogonal. AdamW for the rest.
+    """Muon (Keller Jordan 2024): the momentum of matrices and convolutions, made orthogonal. AdamW or SGD for the rest.
 
-    timm's, with the learning rate adjusted to AdamW's scale ("match_rms_adamw", arXiv 2502.16982), so that one rate
-    and one decay fit both kinds of parameters.
+    With AdamW it is timm's, with the learning rate adjusted to AdamW's scale ("match_rms_adamw", arXiv 2502.16982), so
+    that one rate and one decay fit both kinds of parameters. With SGD it is that of the speedruns (airbench94): before
+    each step a matrix is brought back to the norm √rows, the step itself is not scaled, and nothing decays it.
     """
 
     name: Literal["muon"] = Field(default="muon", description="orthogonal momentum for matrices, AdamW for the rest")
@@ -104,10 +106,27 @@ class MuonOptimizer(_Groups):
     nesterov: Boolean = Field(default=True, description="Nesterov's momentum")
     ns_steps: Integer = Field(default=5, ge=1, le=20, description="Newton-Schulz iterations a step")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's, for the rest")
-    rest_lr_factor: Real = Field(
-        default=1.0, gt=0, description="AdamW's learning rate over `lr`, for what is no matrix and for the head"
+    rest: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="what takes care of all but matrices, and of the head"
     )
+    rest_lr_factor: Real = Field(
+        default=1.0, gt=0, description="its learning rate over `lr`, where bias_lr and head_lr don't say it"
+    )
+    rest_momentum: Real = Field(default=0.85, ge=0, lt=1, description="Nesterov's momentum of sgd, for the rest")
     weight_decay: DecoupledDecay = 0.0
+    rest_decay: Real = Field(
+        default=0.0, ge=0, lt=1, description="share of a weight that sgd takes off at each step, at the full rate"
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit_the_rest(self) -> MuonOptimizer:
+        if self.rest == "sgd" and self.weight_decay:
+            raise ValueError(
+                "weight_decay has no effect with rest 'sgd', which keeps matrices at one norm; set it to 0"
+            )
+        if self.rest == "adamw" and self.rest_decay:
+            raise ValueError("rest_decay is for rest 'sgd'; with adamw it is weight_decay")
+        return self
 
 
 Optimizer = Annotated[

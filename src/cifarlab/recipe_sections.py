@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from cifarlab.recipe_base import Boolean, Duration, Integer, Real, Section
 
@@ -105,8 +105,18 @@ class Model(Section):
         description="new: a fresh last layer with one output a class; keep: the network's own, with its (1,000) "
         "outputs: the loss is over all of them, scores are over the first ones",
     )
+    widths: tuple[Annotated[Integer, Field(ge=4, le=4096)], ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=4,
+        description="channels of the groups of the network 'racing'; null: 64, 256, 256",
+    )
     freeze_stages: Integer = Field(0, ge=0, description="so many stages, from the input on, never train")
     freeze_backbone: Duration | None = Field(None, description="train only the head for this long")
+    whitening_bias: Duration | None = Field(
+        None,
+        description="train the bias of a whitening layer for so long, its learning rate falling to 0; null: to the end",
+    )
     cache: Literal["float32", "bfloat16"] | None = Field(
         "bfloat16",
         description="keep what frozen stages compute, in this precision, for each version of an image "
@@ -130,9 +140,41 @@ class Loss(Section):
     )
 
 
-def _resolve_numerics(value: Any) -> Any:
-    # Until numerics are chosen by measurement, the choice is always the exact one.
-    return "exact" if value == "auto" else value
+class NumericsChoice(Section):
+    """How arithmetic is done: what `auto` found to be the fastest, as it stands in a run's recipe.yaml."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of convolutions and matrix products (autocast); the weights stay float32"
+    )
+    channels_last: Boolean = Field(False, description="how images and convolution weights lie in memory")
+    compile: Boolean | Literal["frozen"] = Field(
+        False, description="compile the training step (torch.compile); frozen: only the stages that don't train"
+    )
+    tf32: Boolean = Field(False, description="let a GPU round float32 products to 10 bits")
+
+    def __str__(self) -> str:
+        parts = [
+            "tf32" if self.tf32 and self.dtype == "float32" else self.dtype,
+            "channels last" if self.channels_last else "channels first",
+            {False: "eager", True: "compiled", "frozen": "frozen stages compiled"}[self.compile],
+        ]
+        return ", ".join(parts)
+
+
+def _check_numerics(value: Any) -> Any:
+    if value in ("auto", "exact") or isinstance(value, NumericsChoice):
+        return value
+    if isinstance(value, dict):
+        try:
+            return NumericsChoice.model_validate(value)
+        except ValidationError as error:  # here, as pydantic would tell it for each kind of value that this could be
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    raise ValueError(
+        "expected exact (fp32, eager, deterministic), auto (the fastest here, by measurement) or a choice such as "
+        f"{{dtype: bfloat16, channels_last: true}}, not {value!r}"
+    )
 
 
 def _whole(epochs: float) -> float:
@@ -163,6 +205,12 @@ def _check_resolution(value: Any) -> Any:
     return tuple((share, pair[1]) for share, pair in zip(shares, value, strict=True))
 
 
+def _check_batch_size(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"expected a number of images from 1 on, or auto, not {value!r}")
+
+
 Progression = tuple[tuple[Real, Integer], ...]
 
 
@@ -170,7 +218,9 @@ class Train(Section):
     epochs: Annotated[Integer | Real, AfterValidator(_whole)] = Field(
         gt=0, description="passes over the training images"
     )
-    batch_size: Integer = Field(128, ge=1, description="images in a step")
+    batch_size: Annotated[Integer | Literal["auto"], BeforeValidator(_check_batch_size)] = Field(
+        128, description="images in a step; auto: as many as are fastest here, the learning rate scaled with them"
+    )
     accumulate: Integer = Field(
         1, ge=1, description="parts that a batch is computed in, to save memory; the step is that of the whole batch"
     )
@@ -191,18 +241,27 @@ class Train(Section):
     )
     checkpoint_every: Duration | None = Field(None, description="keep a checkpoint to go on from this often")
     keep: Integer = Field(2, ge=1, description="how many of the latest checkpoints stay, besides the best")
-    numerics: Annotated[Literal["exact"], BeforeValidator(_resolve_numerics)] = Field(
-        "exact", description="exact: fp32, eager, deterministic; auto: the same, until it is chosen by measurement"
+    numerics: Annotated[Literal["auto", "exact"] | NumericsChoice, BeforeValidator(_check_numerics)] = Field(
+        "auto",
+        description="exact: fp32, eager, deterministic; auto: the fastest here, by a short measurement; or the choice "
+        "itself, as in {dtype: bfloat16, channels_last: true}",
     )
 
     @model_validator(mode="after")
     def _parts_are_not_empty(self) -> Train:
-        if self.accumulate > self.batch_size:
+        if self.batch_size != "auto" and self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate ({self.accumulate}) must not be more than batch_size ({self.batch_size}): a part has at "
                 "least one image"
             )
         return self
+
+    @property
+    def batch(self) -> int:
+        """`batch_size`, once it is decided."""
+        if self.batch_size == "auto":
+            raise ValueError("train.batch_size 'auto' has not been decided yet")
+        return self.batch_size
 
     @property
     def resolutions(self) -> tuple[tuple[float, int | None], ...]:
@@ -217,19 +276,19 @@ class Train(Section):
 
 
 def _check_tta(value: Any) -> Any:
-    if value is None or value in ("flip", "crops", "auto") or (type(value) is int and 2 <= value <= 1000):
+    if value is None or value in ("flip", "crops", "diagonal", "auto") or (type(value) is int and 2 <= value <= 1000):
         return value
     raise ValueError(
-        "expected flip, crops, auto (the better on validation), a number of augmented views from 2 to 1000, or null, "
-        f"not {value!r}"
+        "expected flip, crops, diagonal, auto (the better on validation), a number of augmented views from 2 to 1000, "
+        f"or null, not {value!r}"
     )
 
 
 class Evaluate(Section):
-    tta: Annotated[Literal["flip", "crops", "auto"] | Integer | None, BeforeValidator(_check_tta)] = Field(
+    tta: Annotated[Literal["flip", "crops", "diagonal", "auto"] | Integer | None, BeforeValidator(_check_tta)] = Field(
         None,
-        description="test-time augmentation, probabilities averaged: flip (2 views), crops (10), so many augmented "
-        "views, or auto: the best of none, flip and crops on validation",
+        description="test-time augmentation, probabilities averaged: flip (2 views), crops (10), diagonal (6), so many "
+        "augmented views, or auto: the best of none, flip and crops on validation",
     )
     resolution: Integer | None = Field(
         None, ge=1, le=MAX_SIDE, description="side of images in evaluation; null: the last of train.resolution"

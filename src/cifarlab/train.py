@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifarlab import files, machine
-from cifarlab.data.augment import Pipeline
-from cifarlab.data.batches import ImageStore, epoch_order, in_batches
+from cifarlab.data.augment import Draws, Pipeline
+from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import mix
 from cifarlab.errors import DivergedError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict
 from cifarlab.features import CacheKey
 from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze_backbone, set_mode
-from cifarlab.numerics import Numerics
+from cifarlab.models.racing import whitening_biases
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
 from cifarlab.rundir import RunFolder
@@ -37,6 +37,10 @@ from cifarlab.seeds import derive_seed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+# `--profile` looks at so many steps, after so many others.
+PROFILE_STEPS, PROFILE_AFTER = 10, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,6 @@ class Task:
     average: Average | None
     pipelines: tuple[tuple[float, Pipeline], ...]
     pipeline: Pipeline
-    numerics: Numerics
     store: ImageStore
     train: Tensor
     validation_store: ImageStore | None
@@ -112,6 +115,8 @@ class Display(Protocol):
     def progress(self, progress: Progress) -> None: ...
 
     def epoch(self, entry: dict[str, Any], epochs: float) -> None: ...
+
+    def report(self, text: str) -> None: ...
 
 
 class Stopwatch:
@@ -193,25 +198,39 @@ class StopRequest:
 
 
 def train(
-    recipe: Recipe, task: Task, run: RunFolder, display: Display, stop: StopRequest, process_started: float
+    recipe: Recipe,
+    task: Task,
+    run: RunFolder,
+    display: Display,
+    stop: StopRequest,
+    process_started: float,
+    *,
+    profile: bool = False,
 ) -> None:
     """Train to the end, or until `stop`; all that is worth knowing goes into the run folder.
 
-    process_started: the `time.time()` that `wall_time` counts from. The model ends with the weights of best.pth.
+    process_started: the `time.time()` that `wall_time` counts from. profile: also write down where a few steps spend
+    their time. The model ends with the weights of best.pth.
     Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written.
     """
     network, section, schedule = task.network, recipe.train, recipe.schedule
     model = network.model
     stages = recipe.model.freeze_stages
-    optimizer = build_optimizer(recipe.optimizer, model)
     average = task.average
-    steps_per_epoch = len(in_batches(task.train, section.batch_size))
+    scaler = make_scaler(task)
+    optimizer = build_optimizer(recipe.optimizer, model, scaled=scaler is not None)
+    steps_per_epoch = len(in_batches(task.train, section.batch))
     total_steps = max(1, round(section.epochs * steps_per_epoch))
     warmup_share = schedule.warmup.share_of(total_steps, steps_per_epoch) if schedule.warmup else 0.0
     thaw = recipe.model.freeze_backbone
     thaw_step = thaw.in_steps(total_steps, steps_per_epoch) if thaw else 0
+    fade = recipe.model.whitening_bias
+    fade_steps = fade.in_steps(total_steps, steps_per_epoch) if fade else None
+
+    biases = list(whitening_biases(model).values())
 
     step = images = saved_step = 0
+    fitting_backward = Backward(recipe, task, scaler, section.accumulate)
     last_step = total_steps  # early stopping lowers it
     lr = 0.0
     epoch_began = saved_at = 0.0  # seconds of training time
@@ -233,6 +252,7 @@ def train(
         "best_weights": None,
         "stopped_early": False,
         "overfitting_gap": None,
+        "accumulate": section.accumulate,
         "tta": None,
     }
 
@@ -265,12 +285,14 @@ def train(
             model,
             average=average.network.model.state_dict() if average is not None else None,
             optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else None,
             epochs=epochs,
             best=best,
             train_time=clock.seconds,
             epoch_began=epoch_began,
             sums=sums.state(),
             images=images,
+            accumulate=fitting_backward.accumulate,
         )
         run.keep_latest(section.keep)
 
@@ -279,7 +301,7 @@ def train(
     batches = make_batches(recipe, task, step, total_steps)
     began = time.perf_counter()
     write_log("running")
-    with _board(run) as board, stop.listen():
+    with _board(run) as board, stop.listen(), _profiler(run, task.device, profile, display) as profiled:
         while True:
             # Evaluate, at the end of an epoch and of the run.
             if sums.images and (step % steps_per_epoch == 0 or step == total_steps):
@@ -340,19 +362,25 @@ def train(
                 warmup_share=warmup_share,
                 val_losses=[math.nan if e["val_loss"] is None else e["val_loss"] for e in epochs],
             )
-            set_learning_rate(optimizer, values)
+            fading = None if fade_steps is None else max(0.0, 1 - step / max(1, fade_steps))
+            if fading == 0.0 or fade_steps == 0:
+                fading = 0.0
+                for bias in biases:  # nothing is left to be computed for the first layer
+                    bias.requires_grad_(False)
+            set_learning_rate(optimizer, values, fading)
             lr = recipe.optimizer.lr * values.lr
-            torch.manual_seed(derive_seed(recipe.seed, "step", step))  # what dropout draws from
             optimizer.zero_grad(set_to_none=True)
-            loss, logits = backward(recipe, task, batch)
-            if section.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), section.clip_grad_norm)
-            optimizer.step()
+            loss, logits = fitting_backward(batch, step)
+            if fitting_backward.accumulate > log["accumulate"]:
+                log["accumulate"] = fitting_backward.accumulate
+                display.report(f"memory ran out: from here on a batch is computed in {log['accumulate']} parts")
+            apply_gradients(recipe, model, optimizer, scaler)
             step += 1
             if average is not None:
                 average.ema.update(model, step)
             sums.add(step - 1, loss, logits, batch, task.class_weights)
             images += len(batch.labels)
+            profiled()
 
             # Log.
             if display.due():
@@ -400,64 +428,129 @@ def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | Non
 
 def make_batches(recipe: Recipe, task: Task, step: int, total_steps: int) -> Iterator[TrainingBatch]:
     """What each step trains on, from `step` on, without end: images augmented and mixed, frozen stages behind them."""
-    batch_size, network = recipe.train.batch_size, task.network
+    batch_size = recipe.train.batch
     steps_per_epoch = len(in_batches(task.train, batch_size))
-
-    def pipeline_at(step: int) -> Pipeline:
-        return next(pipeline for share, pipeline in reversed(task.pipelines) if step >= share * total_steps)
-
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         order = epoch_order(task.train, recipe.seed, epoch)[done * batch_size :]
         draws = task.pipeline.draw(recipe.seed, epoch, len(task.store))
         for found in task.store.batches(order, batch_size):
-            pipeline = pipeline_at(step)
-            if network.frozen is not None:
-                cycle = recipe.augment.cycle
-                assert cycle is not None  # else nothing comes again, and frozen stages are not apart
-                again = step + cycle * steps_per_epoch
-                inputs = network.frozen(
-                    partial(pipeline.train, found.pixels, found.samples, draws),
-                    found.samples,
-                    CacheKey("train", pipeline.output_size[0], epoch % cycle),
-                    keep=again < total_steps and pipeline_at(again) is pipeline,
-                    images=len(task.store),
-                    rows=len(task.train),
-                )
-                yield TrainingBatch(inputs, found.labels)
-            elif recipe.loss.mixup or recipe.loss.cutmix:
-                pixels = pipeline.train(found.pixels, found.samples, draws)
-                mixed = mix(
-                    pixels,
-                    found.labels,
-                    mixup=recipe.loss.mixup,
-                    cutmix=recipe.loss.cutmix,
-                    seed=recipe.seed,
-                    step=step,
-                )
-                yield TrainingBatch(mixed.pixels, found.labels, mixed.partners, mixed.share)
-            else:
-                yield TrainingBatch(pipeline.train(found.pixels, found.samples, draws), found.labels)
+            yield make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch)
             step += 1
 
 
-def backward(recipe: Recipe, task: Task, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-    """Add the gradients of the batch's mean loss, in `train.accumulate` parts.
+def make_batch(
+    recipe: Recipe, task: Task, found: Batch, draws: Draws, step: int, total_steps: int, steps_per_epoch: int
+) -> TrainingBatch:
+    """What a step trains on, of the images that it found. draws: those of the step's epoch."""
+
+    def pipeline_at(step: int) -> Pipeline:
+        return next(pipeline for share, pipeline in reversed(task.pipelines) if step >= share * total_steps)
+
+    pipeline = pipeline_at(step)
+    if task.network.frozen is not None:
+        cycle = recipe.augment.cycle
+        assert cycle is not None  # else nothing comes again, and frozen stages are not apart
+        again = step + cycle * steps_per_epoch
+        inputs = task.network.frozen(
+            partial(pipeline.train, found.pixels, found.samples, draws),
+            found.samples,
+            CacheKey("train", pipeline.output_size[0], step // steps_per_epoch % cycle),
+            keep=again < total_steps and pipeline_at(again) is pipeline,
+            images=len(task.store),
+            rows=len(task.train),
+        )
+        return TrainingBatch(inputs, found.labels)
+    pixels = pipeline.train(found.pixels, found.samples, draws)
+    if not (recipe.loss.mixup or recipe.loss.cutmix):
+        return TrainingBatch(pixels, found.labels)
+    mixed = mix(pixels, found.labels, mixup=recipe.loss.mixup, cutmix=recipe.loss.cutmix, seed=recipe.seed, step=step)
+    return TrainingBatch(mixed.pixels, found.labels, mixed.partners, mixed.share)
+
+
+def make_scaler(task: Task) -> torch.amp.GradScaler | None:
+    """For fp16, where gradients would round to zero: the loss is scaled up for them, None for other dtypes."""
+    return torch.amp.GradScaler(task.device.type) if task.network.numerics.dtype == torch.float16 else None
+
+
+def apply_gradients(
+    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Clip the gradients, and take the optimizer's step; with a scaler the step is left out where they overflowed."""
+    if scaler is not None and recipe.train.clip_grad_norm is not None:
+        scaler.unscale_(optimizer)
+    if recipe.train.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip_grad_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
+class Backward:
+    """`backward` in `accumulate` parts, or in twice as many for as long as memory runs out, which is then how it stays.
+
+    The same step is done again: with the same dropout; and, where inputs of its shape never fitted before, with the
+    buffers (BatchNorm's statistics) that were there.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, scaler: torch.amp.GradScaler | None, accumulate: int) -> None:
+        self.accumulate = accumulate
+        self._recipe, self._task, self._scaler = recipe, task, scaler
+        self._fits: set[tuple[int, ...]] = set()  # shapes of inputs
+
+    def __call__(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Loss and logits, as `backward` returns them; the gradients must be none before.
+
+        Raises what `backward` raises where parts of one image don't fit either.
+        """
+        model, shape = self._task.network.model, tuple(batch.inputs.shape)
+        before = None if shape in self._fits else [(buffer, buffer.clone()) for buffer in model.buffers()]
+        while True:
+            torch.manual_seed(derive_seed(self._recipe.seed, "step", step))  # what dropout draws from
+            try:
+                result = backward(self._recipe, self._task, batch, self._scaler, self.accumulate)
+                self._fits.add(shape)
+                return result
+            except (MemoryError, RuntimeError) as error:
+                if not machine.is_out_of_memory(error) or self.accumulate >= len(batch.labels):
+                    raise
+            # Not in the `except`: the exception holds the frames that hold the memory.
+            self.accumulate *= 2
+            for parameter in model.parameters():
+                parameter.grad = None
+            for buffer, value in before or ():
+                buffer.copy_(value)
+            machine.give_back_memory(self._task.device)
+
+
+def backward(
+    recipe: Recipe,
+    task: Task,
+    batch: TrainingBatch,
+    scaler: torch.amp.GradScaler | None = None,
+    accumulate: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of the batch's mean loss, in parts; scaled, where there is a `scaler`.
+
+    accumulate: how many parts; None: `train.accumulate`.
 
     Returns the loss, a scalar, and the logits of the classes, float32 (B, K), both without a graph.
     """
-    part_size = math.ceil(recipe.train.batch_size / recipe.train.accumulate)
+    part_size = math.ceil(recipe.train.batch / (accumulate or recipe.train.accumulate))
     whole = total_weight(batch, task.class_weights)
     total = torch.zeros((), device=batch.labels.device)
     outputs = []
     parts = in_batches(torch.arange(len(batch.labels)), part_size)
     for rows in parts:
         part = batch if len(parts) == 1 else _rows(batch, int(rows[0]), int(rows[-1]) + 1)
-        logits = task.network.rest(part.inputs)
+        # What is compiled is compiled for whole parts; the odd last one runs as it is.
+        logits = task.network.training_logits(part.inputs, compiled=len(part.labels) == part_size)
         loss = _loss(logits, part, task.class_weights, recipe.loss.label_smoothing)
         if part is not batch:
             loss = loss * (total_weight(part, task.class_weights) / whole)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (scaler.scale(loss) if scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         outputs.append(logits.detach()[:, : task.network.classes])
     return total, torch.cat(outputs)
@@ -586,6 +679,32 @@ def _board(run: RunFolder) -> Iterator[SummaryWriter]:
             yield board
     except OSError as error:
         raise files.explain("write TensorBoard's events into", run.path, error) from error
+
+
+@contextlib.contextmanager
+def _profiler(run: RunFolder, device: torch.device, asked: bool, display: Display) -> Iterator[Callable[[], None]]:
+    """torch's profiler over ten steps, once the first ones are over; what it gives is to be called after each step.
+
+    Leaves `trace.json.gz` (for chrome://tracing or Perfetto) and `profile.txt`, the table of what took longest.
+    """
+    if not asked:
+        yield lambda: None
+        return
+    from torch.profiler import profile, schedule
+
+    def write(profiler: Any) -> None:
+        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        files.write_text(run.path / "profile.txt", profiler.key_averages().table(sort_by=order, row_limit=30) + "\n")
+        try:
+            profiler.export_chrome_trace(str(run.path / "trace.json.gz"))
+        except OSError as error:
+            raise files.explain("write the trace into", run.path, error) from error
+
+    plan = schedule(wait=PROFILE_AFTER, warmup=1, active=PROFILE_STEPS, repeat=1)
+    with profile(schedule=plan, on_trace_ready=write, record_shapes=True) as profiler:
+        yield profiler.step
+    if not (run.path / "profile.txt").exists():
+        display.report(f"no profile: the run has fewer than {PROFILE_AFTER + 2} steps")
 
 
 def _write_scalars(board: SummaryWriter, entry: dict[str, Any], step: int) -> None:

@@ -38,7 +38,9 @@ app.command("lr-find")(lr_find)
 RUNS = Path("runs")
 TtaOption = Annotated[
     str | None,
-    typer.Option("--tta", metavar="MODE", help="Test-time augmentation: flip, crops, a number of views, auto, none."),
+    typer.Option(
+        "--tta", metavar="MODE", help="Test-time augmentation: flip, crops, diagonal, a number of views, auto, none."
+    ),
 ]
 
 
@@ -102,6 +104,9 @@ def run(
     ] = None,
     tta: TtaOption = None,
     device: DeviceOption = "auto",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write where ten steps spend their time: trace.json.gz, profile.txt.")
+    ] = False,
 ) -> None:
     """Train and test a recipe; leaves a run folder for each dataset and seed.
 
@@ -122,7 +127,7 @@ def run(
         for name in dict.fromkeys(dataset or plan.datasets)
         for number in range(first, first + (seeds or 1))
     ]
-    _run_all(plans, data, runs, device)
+    _run_all(plans, data, runs, device, profile)
 
 
 def _tta_override(tta: str | None) -> list[str]:
@@ -130,10 +135,10 @@ def _tta_override(tta: str | None) -> list[str]:
     return [] if tta is None else [f"evaluate.tta={'null' if tta == 'none' else tta}"]
 
 
-def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: str) -> None:
+def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: str, profile: bool) -> None:
     from cifarlab import machine
 
-    machine.keep_memory()  # before the first tensor
+    machine.prepare()  # before torch is there
     import time
 
     from cifarlab.cli.display import RunDisplay
@@ -145,7 +150,7 @@ def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: 
     began = time.time() - machine.process_age()
     console = make_console()
     device = machine.choose_device(device_name)
-    check_plans(plans, runs, say)
+    check_plans(plans, runs, device, say)
     done: list[RunFolder] = []
     stop = StopRequest()
     many_seeds = len({plan.seed for plan in plans}) > 1
@@ -168,6 +173,7 @@ def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: 
                         stop=stop,
                         process_started=began,
                         report=display.report,
+                        profile=profile,
                     )
                 began = time.time()
                 if run.train_log()["status"] == "finished":
@@ -260,7 +266,7 @@ def test(
     """Score a run's best checkpoint on the test set again. The look is counted in its test.json."""
     from cifarlab import machine
 
-    machine.keep_memory()
+    machine.prepare()
     from cifarlab.cli.tables import print_scores
     from cifarlab.experiment import score_run
 

@@ -28,10 +28,12 @@ def lr_find(
     """
     from cifarlab import machine
 
-    machine.keep_memory()
+    machine.prepare()
     from cifarlab import plots
+    from cifarlab.build import make_task
+    from cifarlab.choices import decide
     from cifarlab.data.prepare import prepare
-    from cifarlab.experiment import check_plans, load, make_task
+    from cifarlab.experiment import check_plans, load
     from cifarlab.lr_find import learning_rate_test
     from cifarlab.models.weights import find_weights
     from cifarlab.recipe import load_recipe
@@ -39,9 +41,12 @@ def lr_find(
     plan = load_recipe(recipe, set_ or [])
     plan = plan.resolved(dataset=dataset or plan.datasets[0], seed=plan.seed)
     place = machine.choose_device(device)
-    check_plans([plan], out.parent, say)
+    check_plans([plan], out.parent, place, say)
     weights = find_weights(plan.model, say)
-    task = make_task(plan, prepare(load(plan, data, say), plan.data, plan.seed), place, weights, say)
+    prepared = prepare(load(plan, data, say), plan.data, plan.seed)
+    left_open = plan.train.batch_size == "auto"
+    plan = decide(plan, prepared, place, weights, say).recipe
+    task = make_task(plan, prepared, place, weights, say)
     with make_console().status("learning-rate test") as status:
         test = learning_rate_test(
             plan,
@@ -59,8 +64,12 @@ def lr_find(
             f"the loss falls fastest at a learning rate of {test.steepest:.1e}; a tenth of the lowest: {test.tenth:.1e}"
         )
         found = [f"optimizer.lr={test.steepest:.1e}"]
-        if plan.optimizer.head_lr is not None:  # it rose in the same proportion
-            found.append(f"optimizer.head_lr={plan.optimizer.head_lr * test.steepest / plan.optimizer.lr:.1e}")
+        for name in ("head_lr", "bias_lr"):
+            rate = getattr(plan.optimizer, name, None)
+            if rate is not None:  # it rose in the same proportion
+                found.append(f"optimizer.{name}={rate * test.steepest / plan.optimizer.lr:.1e}")
+        if left_open:  # the rate is for this size
+            found.append(f"train.batch_size={plan.train.batch}")
         command = ["cifarlab", "run", recipe, "--dataset", plan.datasets[0]]
         command += [word for override in [*(set_ or []), *found] for word in ("--set", override)]
         say(f"to use it: {shlex.join(command)}")

@@ -87,7 +87,7 @@ def print_networks(console: Console, names: list[str]) -> None:
         )
     console.print(table)
     if any(network.input_side is None for network in networks):
-        say("ex1, ex2: parameters for 10 classes and images of 32x32")
+        say("ex1, ex2, racing: parameters for 10 classes and images of 32x32")
 
 
 def _count(network: Network) -> int:

@@ -98,6 +98,11 @@ class Pipeline:
         """How far test-time augmentation moves the picture, in pixels of the output."""
         return max(1, round(self._side / 16))
 
+    @property
+    def tta_shift_least(self) -> int:
+        """The same for the smallest move that shows: a pixel of a stored image."""
+        return max(1, round(self._side / min(self.size)))
+
     def draw(self, seed: int, epoch: int, count: int) -> Draws:
         """The draws of one epoch for a dataset of `count` images: a function of the arguments and the recipe alone."""
         augment = self._augment

@@ -40,7 +40,12 @@ def _checked(
     """The network and the classes of its new head (None: its own stays), once it is known that they can be."""
     check_size(section, size, *more)
     outputs(section, classes)
-    return catalog.find(section.name), None if section.head == "keep" else classes
+    return _network(section), None if section.head == "keep" else classes
+
+
+def _network(section: Model) -> catalog.Network:
+    network = catalog.find(section.name)
+    return network if section.widths is None else network.with_widths(section.widths)
 
 
 def check_size(section: Model, size: tuple[int, int], *more: tuple[int, int]) -> None:
@@ -48,7 +53,7 @@ def check_size(section: Model, size: tuple[int, int], *more: tuple[int, int]) ->
 
     more: other sizes that the same network, made for the first, is to take as well.
     """
-    catalog.find(section.name).check(size, *more)
+    _network(section).check(size, *more)
 
 
 def outputs(section: Model, classes: int) -> int:
@@ -58,7 +63,7 @@ def outputs(section: Model, classes: int) -> int:
     """
     if section.head == "new":
         return classes
-    own = catalog.find(section.name).outputs
+    own = _network(section).outputs
     if own == 0:
         raise RecipeError(f"model.head: '{section.name}' has no head of its own to keep; set it to new")
     if own < classes:
@@ -70,7 +75,7 @@ def outputs(section: Model, classes: int) -> int:
 
 def channels_last_on_cpu(section: Model) -> bool:
     """Whether the network steps faster on a CPU with channels last."""
-    return catalog.find(section.name).channels_last_on_cpu
+    return _network(section).channels_last_on_cpu
 
 
 def parameter_count(module: nn.Module) -> int:

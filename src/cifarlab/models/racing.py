@@ -1,0 +1,128 @@
+"""The network of the CIFAR-10 speedruns: a whitening convolution, groups of 3x3 convolutions, one matrix.
+
+Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498), and the work that it builds on (Page's
+DAWNBench entry; Balsam's hlb-CIFAR10).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTHS = (64, 256, 256)
+# Images that the whitening convolution is fitted to: 5,000 x 31 x 31 patches, for a covariance of 12 x 12.
+WHITENING_IMAGES = 5000
+
+
+class WhiteningConv(nn.Conv2d):
+    """A 2x2 convolution whose fixed filters turn patches of the training images into uncorrelated values.
+
+    Each direction comes with both signs, as what follows is a rectifier of a kind: 24 filters. Only the bias trains.
+    """
+
+    def __init__(self, kernel_size: int = 2) -> None:
+        super().__init__(3, 2 * 3 * kernel_size**2, kernel_size)
+        self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, eps: float = 5e-4) -> None:
+        """Set the filters: the eigenvectors of the patches' second moments over the root of (eigenvalue + eps).
+
+        images: float32 (N, 3, H, W), as the network sees them in evaluation. Section 3.2 of the paper.
+        """
+        side = self.kernel_size[0]
+        moments = torch.zeros(3 * side**2, 3 * side**2, dtype=torch.float64)
+        count = 0
+        for part in torch.split(images, 500):  # on the CPU and in parts: the patches of all are gigabytes at 128x128
+            patches = F.unfold(part.float().cpu(), side).transpose(1, 2).reshape(-1, 3 * side**2).double()
+            moments += patches.T @ patches
+            count += len(patches)
+        values, vectors = torch.linalg.eigh(moments / count)
+        filters = (vectors / (values + eps).sqrt()).T.reshape(-1, 3, side, side)
+        self.weight.copy_(torch.cat([filters, -filters]))
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """Without a scale, as what follows it is made independent of it; statistics that forget quickly."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-12, momentum=0.4)
+        self.weight.requires_grad_(False)
+
+
+class _Head(nn.Linear):
+    """Logits over the number of features, from weights of standard deviation 1; no bias."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__(features, classes, bias=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight /= self.weight.std()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / self.in_features
+
+
+class _Maximum(nn.Module):
+    """The maximum of each channel: (B, C, H, W) to (B, C)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.amax((2, 3))
+
+
+def racing(classes: int, size: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
+    """Whitening, groups of two 3x3 convolutions with a max-pool between them, the maximum of each channel, one matrix.
+
+    Input (B, 3, size, size), output: logits (B, classes). At 32x32 the sides are 31, 15, 7, 3. 3x3 convolutions begin
+    as the identity on their first channels (dirac). `fit_whitening` must see the training images first.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["whiten"] = whiten = WhiteningConv()
+    layers["gelu"] = nn.GELU()
+    channels = whiten.out_channels
+    for number, width in enumerate(widths, 1):
+        layers[f"group{number}"] = _group(channels, width)
+        channels = width
+    layers["maximum"] = _Maximum()
+    layers["head"] = _Head(channels, classes)
+    return nn.Sequential(layers)
+
+
+def _group(inputs: int, width: int) -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(
+            conv1=_convolution(inputs, width),
+            pool=nn.MaxPool2d(2),
+            norm1=_BatchNorm(width),
+            gelu1=nn.GELU(),
+            conv2=_convolution(width, width),
+            norm2=_BatchNorm(width),
+            gelu2=nn.GELU(),
+        )
+    )
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    with torch.no_grad():
+        nn.init.dirac_(convolution.weight[:inputs])
+    return convolution
+
+
+def fit_whitening(model: nn.Module, images: Callable[[], Tensor]) -> None:
+    """Fit the network's whitening convolutions, if it has any, to images as they are in evaluation."""
+    for module in model.modules():
+        if isinstance(module, WhiteningConv):
+            module.fit(images())
+
+
+def whitening_biases(model: nn.Module) -> dict[str, Tensor]:
+    """By their names."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, WhiteningConv))
+    return {f"{name}.bias": module.bias for name, module in found if module.bias is not None}

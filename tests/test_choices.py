@@ -1,0 +1,173 @@
+"""What a recipe leaves to the machine: batch sizes by a table of speeds, and that a run writes down what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cifarlab import choices, machine, remembered, train
+from cifarlab.data.prepare import prepare
+from cifarlab.errors import RecipeError, RunError
+from cifarlab.numerics import Step
+from cifarlab.recipe import load_recipe, make_recipe
+from short_runs import CPU, SMALL, make_dataset, run
+
+SATURATES = {32: 100.0, 64: 180.0, 128: 250.0, 256: 258.0, 512: 260.0, 1024: 261.0}
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch, rates: Mapping[int, float | None], *overrides: str, images: int = 50_000
+) -> tuple[Any, list[int]]:
+    """The recipe with its batch size decided by a table of images per second, and the sizes that were tried."""
+    asked: list[int] = []
+
+    def rate(recipe: Any, *_: Any) -> float | None:
+        asked.append(recipe.train.batch)
+        return rates[recipe.train.batch]
+
+    monkeypatch.setattr(choices, "_rate_of_size", rate)
+    prepared: Any = SimpleNamespace(train=range(images))
+    recipe = load_recipe("ex1", ["train.batch_size=auto", *overrides])
+    monkeypatch.setattr(choices, "_key", lambda *_: {})
+    monkeypatch.setattr(remembered, "recall", lambda _: None)
+    monkeypatch.setattr(remembered, "remember", lambda *_: None)
+    chosen, tried = choices._choose_batch_size(recipe, prepared, CPU, None, lambda _: None)
+    assert tried is not None and [size["batch_size"] for size in tried] == asked
+    return chosen, asked
+
+
+def test_the_smallest_batch_that_is_about_as_fast_as_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, asked = choose(monkeypatch, SATURATES)
+    assert chosen.train.batch_size == 128
+    assert asked == [32, 64, 128, 256, 512]  # two doublings without a gain end it
+
+
+def test_where_memory_runs_out_what_fitted_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, asked = choose(monkeypatch, {32: 100.0, 64: 190.0, 128: None})
+    assert chosen.train.batch_size == 64 and asked == [32, 64, 128]
+    with pytest.raises(RunError, match="not even 32 images of a step fit into memory"):
+        choose(monkeypatch, {32: None})
+
+
+def test_an_epoch_keeps_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, asked = choose(monkeypatch, {size: float(size) for size in SATURATES}, images=2000)
+    assert chosen.train.batch_size == 64 and asked == [32, 64]  # 31 steps; 128 would leave 15
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "factor"),
+    [("{name: sgd, lr: 0.1}", 4.0), ("{name: adamw, lr: 0.1, head_lr: 0.2}", 2.0), ("{name: muon, lr: 0.1}", 1.0)],
+)
+def test_learning_rates_go_with_the_batch(monkeypatch: pytest.MonkeyPatch, optimizer: str, factor: float) -> None:
+    rates: dict[int, float | None] = {size: float(size) for size in (32, 64, 128, 256, 512)} | {1024: None}
+    chosen, _ = choose(monkeypatch, rates, f"optimizer={optimizer}")
+    assert chosen.train.batch_size == 512
+    assert chosen.optimizer.lr == pytest.approx(0.1 * factor)
+    if "head_lr" in optimizer:
+        assert chosen.optimizer.head_lr == pytest.approx(0.2 * factor)
+    assert make_recipe(chosen.to_dict()) == chosen
+
+
+def test_a_step_that_does_not_fit_is_no_error_and_any_other_fault_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> Any:
+        def measured_step(*_: Any) -> Any:
+            raise error
+
+        return measured_step
+
+    recipe: Any = load_recipe("ex1")
+    monkeypatch.setattr(choices, "measured_step", fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")))
+    assert choices._rate_of_size(recipe, recipe, CPU, None) is None
+    monkeypatch.setattr(choices, "measured_step", fail(RuntimeError("shapes don't fit")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        choices._rate_of_size(recipe, recipe, CPU, None)
+
+
+def test_a_step_that_only_fits_in_parts_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = [True]
+
+    def measured_step(*_: Any) -> Any:
+        return Step(lambda: torch.tensor(1.0), list, lambda: fits[0])
+
+    monkeypatch.setattr(choices, "measured_step", measured_step)
+    recipe: Any = load_recipe("ex1")
+    assert choices._rate_of_size(recipe, recipe, CPU, None) is not None
+    fits[0] = False
+    assert choices._rate_of_size(recipe, recipe, CPU, None) is None
+
+
+def test_a_measured_step_knows_whether_it_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = load_recipe("ex1", [*SMALL, "train.numerics=exact"]).resolved(dataset="digits", seed=0)
+    prepared = prepare(make_dataset(), plan.data, 0)
+    step = choices.measured_step(plan, prepared, CPU, None)
+    step.run()
+    assert step.whole()
+    original = train.backward
+
+    def small_memory(recipe: Any, task: Any, batch: Any, scaler: Any, accumulate: int) -> Any:
+        if accumulate < 4:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        return original(recipe, task, batch, scaler, accumulate)
+
+    monkeypatch.setattr(train, "backward", small_memory)
+    step = choices.measured_step(plan, prepared, CPU, None)
+    step.run()
+    assert not step.whole()
+
+
+def test_sizes_end_where_the_next_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([1000, 1300, 1600, 2200])  # bytes, before the first size and after each
+    monkeypatch.setattr(machine, "peak_memory", lambda _: next(held))
+    monkeypatch.setattr(machine, "free_memory", lambda _: 1400)
+    chosen, asked = choose(monkeypatch, {size: float(size) for size in SATURATES})
+    assert asked == [32, 64, 128]  # which took 600 more; 256 would take 1,200 more, and 80 % of 1,400 are 1,120
+    assert chosen.train.batch_size == 128
+
+
+def test_a_batch_size_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(recipe: Any, *_: Any) -> float:
+        return SATURATES[recipe.train.batch]
+
+    monkeypatch.setattr(choices, "_rate_of_size", rate)
+    plan = load_recipe("ex1", ["train.batch_size=auto", "train.numerics=exact"]).resolved(dataset="digits", seed=0)
+    prepared = prepare(make_dataset(train=8000), plan.data, 0)
+    first = choices.decide(plan, prepared, CPU, None, lambda _: None)
+    assert first.batch_sizes is not None and first.recipe.train.batch_size == 128
+    monkeypatch.setattr(choices, "_rate_of_size", None)
+    second = choices.decide(plan.resolved(dataset="digits", seed=1), prepared, CPU, None, lambda _: None)
+    assert second.batch_sizes is None
+    assert second.recipe.train == first.recipe.train and second.recipe.optimizer == first.recipe.optimizer
+
+
+def test_out_of_memory_is_told_from_other_errors() -> None:
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate"
+        ),
+        RuntimeError("unable to mmap 4096 bytes: Cannot allocate memory (12)"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.39 GB)"),
+    ):
+        assert machine.is_out_of_memory(error)
+    for other in (RuntimeError("mat1 and mat2 shapes"), ValueError("memory alloc"), KeyError("memory")):
+        assert not machine.is_out_of_memory(other)
+
+
+def test_a_run_writes_down_the_batch_that_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(tmp_path, "train.batch_size=auto", "train.epochs=1", monkeypatch=monkeypatch)
+    assert folder.recipe().train.batch_size == 32  # 200 images: twice that would leave too few steps
+    tried = folder.environment()["batch_size"]["tried"]
+    assert [size["batch_size"] for size in tried] == [32] and tried[0]["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "many", "true"])
+def test_other_batch_sizes_are_refused(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"train\.batch_size: expected a number of images from 1 on, or auto"):
+        load_recipe("ex1", [f"train.batch_size={value}"])
