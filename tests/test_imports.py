@@ -62,6 +62,7 @@ ORDER = (
     "compare",
     "report report.*",
     "experiment",
+    "bench bench.*",
     "ablate",
     "cli cli.*",
     "__main__",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cifarlab import __version__
+from cifarlab.cli.bench import bench
 from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
 from cifarlab.cli.data import data_app
 from cifarlab.cli.lr_find import lr_find
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command("lr-find")(lr_find)
+app.command()(bench)
 
 RUNS = Path("runs")
 TtaOption = Annotated[

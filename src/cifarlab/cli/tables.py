@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cifarlab.bench.measure import Pair
 from cifarlab.compare import COLUMNS, Row, lines
 from cifarlab.recipe import Recipe, load_recipe, recipe_names, recipe_text
 
@@ -90,3 +92,23 @@ def print_scores(console: Console, log: dict[str, Any]) -> None:
         if key != "tta" and isinstance(value, int | float | str | None):
             table.add_row(key, "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
+
+
+def print_pairs(console: Console, recipe: Recipe, pairs: Sequence[Pair]) -> None:
+    """Images per second of cifarlab's loop beside others: medians, lowest and highest round, and their ratio."""
+    table = Table("beside", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("images/s, cifarlab", "images/s, the other", "cifarlab / the other"):
+        table.add_column(heading, justify="right")
+    for pair in pairs:
+        if pair.ratio is None:
+            table.add_row(Text(pair.contender), "", Text(f"failed: {pair.failed}"), "")
+        else:
+            ratio = f"{pair.ratio:.1%}" if pair.contender == "ceiling" else f"{pair.ratio:.2f}"
+            table.add_row(pair.contender, _spread(pair.ours), _spread(pair.theirs), ratio)
+    batch = recipe.train.batch
+    console.print(Text(f"{recipe.name} on {recipe.datasets[0]}, batch {batch}, numerics {recipe.train.numerics}"))
+    console.print(table)
+
+
+def _spread(rates: Sequence[float]) -> str:
+    return f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
