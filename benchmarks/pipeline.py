@@ -5,9 +5,11 @@
 For EX-1 and EX-2, batch 128, fp32, four contenders, each in a process of its own, taking turns; medians of the rounds:
 
     ours        cifarlab's own loop, as `cifarlab run` calls it: batches, augmentation, schedule, sums, all of it
-    ceiling     the same model, optimizer, layout and memory settings, stepping on one batch that never changes
+    ceiling     the same step in the same settings, on one batch that never changes
     standard_0  torchvision transforms per image on PIL images, DataLoader without workers, torch's defaults
     standard_2  the same with two workers
+
+They are those of `cifarlab bench`, which compares any recipe with one of them at a time.
 
 DIR holds cifar-10-batches-py or its like. Takes under five minutes on two cores.
 """
@@ -20,12 +22,8 @@ import multiprocessing
 import platform
 import random
 import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 BATCH = 128
 CONTENDERS = ("ours", "ceiling", "standard_0", "standard_2")
@@ -37,187 +35,18 @@ STEPS = {
     "ex2": {"ours": (3, 16), "ceiling": (3, 16), "standard_0": (1, 3), "standard_2": (1, 4)},
 }
 
-# Runs one round and returns images per second.
-Round = Callable[[], float]
-
-
-def ours(name: str, data: Path, device_name: str) -> Round:
-    from cifarlab import machine
-
-    machine.keep_memory()
-
-    from datetime import datetime
-
-    from cifarlab.build import make_task
-    from cifarlab.data.prepare import prepare
-    from cifarlab.experiment import load
-    from cifarlab.recipe import load_recipe
-    from cifarlab.rundir import RunFolder
-    from cifarlab.train import StopRequest, train
-
-    warm, timed = STEPS[name]["ours"]
-    recipe = load_recipe(name, ["evaluate.test=false"]).resolved(dataset="cifar10", seed=0)
-    device = machine.choose_device(device_name)
-    prepared = prepare(load(recipe, data, print), recipe.data, 0)
-    folder = tempfile.TemporaryDirectory()
-
-    class Clock:
-        """The loop asks a display after each step whether it wants to look: that is when a step is over."""
-
-        def __init__(self, stop: StopRequest) -> None:
-            self.stop, self.step, self.began, self.seconds = stop, 0, 0.0, 0.0
-
-        def due(self) -> bool:
-            self.step += 1
-            if self.step in (warm, warm + timed):
-                machine.synchronize(device)
-                self.seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
-            if self.step == warm + timed:
-                self.stop.signal = 2
-            return False
-
-        def progress(self, progress: Any) -> None: ...
-
-        def epoch(self, entry: dict[str, Any], epochs: float) -> None: ...
-
-        def report(self, text: str) -> None: ...
-
-    def one_round() -> float:
-        stop = StopRequest()
-        clock = Clock(stop)
-        run = RunFolder.create(Path(folder.name), recipe, datetime.now())
-        train(recipe, make_task(recipe, prepared, device, None, lambda _: None), run, clock, stop, time.time())
-        return timed * BATCH / clock.seconds
-
-    return one_round
-
-
-def ceiling(name: str, data: Path, device_name: str) -> Round:
-    from cifarlab import machine
-
-    machine.keep_memory()
-
-    import torch
-    from torch.nn import functional as F
-
-    from cifarlab import numerics
-    from cifarlab.models import build_model, channels_last_on_cpu
-    from cifarlab.optim import build_optimizer
-    from cifarlab.recipe import load_recipe
-
-    warm, timed = STEPS[name]["ceiling"]
-    recipe, device = load_recipe(name), machine.choose_device(device_name)
-    numbers = numerics.exact(device, channels_last_on_cpu=channels_last_on_cpu(recipe.model))
-    side = recipe.evaluation_side or 32
-    model = build_model(recipe.model, classes=10, size=(side, side), seed=0).to(device)
-    model.to(memory_format=numbers.memory_format)
-    optimizer = build_optimizer(recipe.optimizer, model)
-    images = torch.randn(BATCH, 3, side, side, device=device).contiguous(memory_format=numbers.memory_format)
-    labels = torch.randint(0, 10, (BATCH,), device=device)
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        machine.synchronize(device)
-
-    def one_round() -> float:
-        steps(warm)
-        began = time.perf_counter()
-        steps(timed)
-        return timed * BATCH / (time.perf_counter() - began)
-
-    return one_round
-
-
-def standard(name: str, data: Path, device_name: str, workers: int) -> Round:
-    import torch
-    from PIL import Image
-    from torch.nn import functional as F
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision.transforms import v2
-
-    from cifarlab import machine
-    from cifarlab.data.cifar import read_cifar
-    from cifarlab.models import build_model
-    from cifarlab.recipe import load_recipe
-
-    warm, timed = STEPS[name][f"standard_{workers}"]
-    recipe, device = load_recipe(name), machine.choose_device(device_name)
-    found = read_cifar("cifar10", data)
-    assert found is not None, f"no CIFAR-10 in {data}"
-    pixels, targets = found.train.pixels.transpose(0, 2, 3, 1), found.train.labels
-    side = recipe.evaluation_side or 32
-    augment: list[Any] = []
-    if recipe.train.resolution:
-        augment += [v2.Resize(side, antialias=True)]
-    if recipe.augment.crop_padding:
-        augment += [v2.RandomCrop(side, padding=recipe.augment.crop_padding)]
-    if recipe.augment.flip:
-        augment += [v2.RandomHorizontalFlip()]
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.49] * 3, [0.25] * 3)]
-    transform = v2.Compose([*augment, *to_tensor])
-
-    class Pictures(Dataset[tuple[torch.Tensor, int]]):
-        def __len__(self) -> int:
-            return len(targets)
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            return transform(Image.fromarray(pixels[index])), int(targets[index])
-
-    loader = DataLoader(
-        Pictures(),
-        BATCH,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        # What a plain script has on Linux; a spawned process, as this is one, would spawn.
-        multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
-    )
-    model = build_model(recipe.model, classes=10, size=(side, side), seed=0).to(device)
-    kind = torch.optim.Adam if recipe.optimizer.name == "adam" else torch.optim.AdamW
-    optimizer = kind(model.parameters(), lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
-
-    def endless() -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    batches = endless()
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            images, labels = next(batches)
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            loss.item()
-
-    def one_round() -> float:
-        steps(warm)
-        began = time.perf_counter()
-        steps(timed)
-        seconds = time.perf_counter() - began
-        if workers:
-            time.sleep(1.0)  # for the workers to fill their queue again: what it lends one round it owes to no other
-        return timed * BATCH / seconds
-
-    return one_round
-
 
 def serve(connection: Connection, contender: str, name: str, data: Path, device: str) -> None:
     """A contender's process: a round for each message, until it is told to end."""
-    if contender == "ours":
-        one_round = ours(name, data, device)
-    elif contender == "ceiling":
-        one_round = ceiling(name, data, device)
-    else:
-        one_round = standard(name, data, device, int(contender[-1]))
+    from cifarlab.bench.contenders import Job, make
+    from cifarlab.recipe import load_recipe
+
+    recipe = load_recipe(name, ["evaluate.test=false"]).resolved(dataset="cifar10", seed=0)
+    one_round = make(contender.replace("_", " "), Job(recipe.to_yaml(), data, device, BATCH))
+    warm, timed = STEPS[name][contender]
     connection.send("ready")
     while connection.recv():
-        connection.send(one_round())
+        connection.send(timed * BATCH / one_round((warm, timed)))
 
 
 def measure(name: str, data: Path, device: str, rounds: int) -> dict[str, list[float]]:

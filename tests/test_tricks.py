@@ -166,7 +166,7 @@ def test_where_memory_runs_out_a_batch_is_computed_in_more_parts_and_gives_the_s
     plan = recipe("train.batch_size=9")
     network = Classifier(model, model, None, 4, EXACT)
     task: Any = SimpleNamespace(network=network, class_weights=None, device=CPU)
-    fitting = Backward(plan, task, None, 1)
+    fitting = Backward(plan, task, None)
     loss, logits = fitting(batch, 0)
     assert fitting.accumulate == 4 and model.layer.weight.grad is not None
     for one, other in zip((model.layer.weight.grad, loss, logits), whole, strict=True):

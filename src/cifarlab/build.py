@@ -139,23 +139,21 @@ def _network(
 ) -> Classifier:
     """The model with its frozen stages apart, where they are to be cached or compiled and it can be taken apart."""
     section = recipe.model
-    apart = recipe.caches or (numbers.compiled == "frozen" and section.freeze_stages > 0)
+    stages = section.freeze_stages
+    apart = recipe.caches or (numbers.compiled == "frozen" and stages > 0)
     parts = verified_chain(model, size[0]) if apart else None
-
-    def classifier(rest: nn.Module, frozen: FrozenStages | None) -> Classifier:
-        compiled: Callable[[Tensor], Tensor] | None = None
-        if numbers.compiled is True:
-            compiled = torch.compile(rest, dynamic=False)
-        elif numbers.compiled == "frozen" and parts is not None and frozen is None:
-            compiled = _with_compiled_front(parts, section.freeze_stages, device, numbers)
-        return Classifier(model, rest, frozen, classes, numbers, compiled)
-
-    if parts is None or not recipe.caches:
-        return classifier(model, None)
-    memory = _cache_memory(device) if section.cache_memory is None else section.cache_memory * 1_000_000
-    dtype = torch.bfloat16 if section.cache == "bfloat16" else torch.float32
-    frozen = FrozenStages(parts.front(section.freeze_stages), dtype, memory, numbers, report)
-    return classifier(parts.rest(section.freeze_stages), frozen)
+    rest, frozen = model, None
+    if parts is not None and recipe.caches:
+        memory = _cache_memory(device) if section.cache_memory is None else section.cache_memory * 1_000_000
+        dtype = torch.bfloat16 if section.cache == "bfloat16" else torch.float32
+        frozen = FrozenStages(parts.front(stages), dtype, memory, numbers, report)
+        rest = parts.rest(stages)
+    compiled: Callable[[Tensor], Tensor] | None = None
+    if numbers.compiled is True:
+        compiled = torch.compile(rest, dynamic=False)
+    elif numbers.compiled == "frozen" and parts is not None and frozen is None:
+        compiled = _with_compiled_front(parts, stages, device, numbers)
+    return Classifier(model, rest, frozen, classes, numbers, compiled)
 
 
 def _with_compiled_front(

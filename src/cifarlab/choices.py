@@ -56,15 +56,17 @@ def decide(
     The batch size is found under the numerics that are best for a batch of 128, and the numerics are then those for the
     size. Raises RecipeError where the result is no valid recipe, RunError where not even the smallest batch fits.
     """
+    if "auto" not in (recipe.train.numerics, recipe.train.batch_size):
+        return Decided(recipe, None, None)
     sizes = None
     if recipe.train.batch_size == "auto":
-        probe = _with_train(recipe, batch_size=max(REFERENCE_BATCH, recipe.train.accumulate))
+        probe = recipe.with_train(batch_size=max(REFERENCE_BATCH, recipe.train.accumulate))
         probe, _ = _choose_numerics(probe, prepared, device, weights, report)
         found = probe.train.numerics
         if isinstance(found, NumericsChoice):  # each size would be compiled anew
             found = found.model_copy(update={"compile": False})
-        chosen, sizes = _choose_batch_size(_with_train(recipe, numerics=found), prepared, device, weights, report)
-        recipe = _with_train(chosen, numerics=recipe.train.numerics)
+        chosen, sizes = _choose_batch_size(recipe.with_train(numerics=found), prepared, device, weights, report)
+        recipe = chosen.with_train(numerics=recipe.train.numerics)
     recipe, tried = _choose_numerics(recipe, prepared, device, weights, report)
     machine.give_back_memory(device)
     return Decided(make_recipe(recipe.to_dict(), origin=f"recipe {recipe.name}"), tried, sizes)
@@ -74,9 +76,7 @@ def _choose_numerics(
     recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None, report: Report
 ) -> tuple[Recipe, list[dict[str, Any]] | None]:
     """The recipe with its numerics decided, and the ways that were tried now."""
-    if isinstance(recipe.train.numerics, NumericsChoice):
-        return recipe, None
-    if recipe.train.numerics == "exact":
+    if recipe.train.numerics != "auto":
         return recipe, None
     steps = max(1, round(recipe.train.epochs * math.ceil(len(prepared.train) / recipe.train.batch)))
     key = _key(recipe, prepared, device) | {
@@ -89,11 +89,11 @@ def _choose_numerics(
         found = NumericsChoice.model_validate(remembered.recall(key))
     if found is not None and numerics.impossible(device, found) is None:
         report(f"numerics: {found} (measured here before)")
-        return _with_train(recipe, numerics=found), None
+        return recipe.with_train(numerics=found), None
     report("choosing numerics: timing a few steps in each sensible way")
     choice, trials = numerics.measure(
         device,
-        lambda choice: measured_step(_with_train(recipe, numerics=choice), prepared, device, weights),
+        lambda choice: measured_step(recipe.with_train(numerics=choice), prepared, device, weights),
         steps=steps,
         compilations=len(recipe.train.resolutions),
         frozen=recipe.model.freeze_stages > 0 and not recipe.caches,
@@ -103,7 +103,7 @@ def _choose_numerics(
     report(f"numerics: {choice}")
     if trials[0].refused is None:  # else nothing was measured, and the run will say why
         remembered.remember(key, choice.model_dump())
-    return _with_train(recipe, numerics=choice), [trial.record() for trial in trials]
+    return recipe.with_train(numerics=choice), [trial.record() for trial in trials]
 
 
 def _key(recipe: Recipe, prepared: Prepared, device: torch.device) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _choose_batch_size(
     size = smallest = max(SMALLEST_BATCH, recipe.train.accumulate)
     held = machine.peak_memory(device) or 0
     while size == smallest or len(prepared.train) / size >= STEPS_AT_LEAST:
-        rate = _rate_of_size(_with_train(recipe, batch_size=size), prepared, device, weights)
+        rate = _rate_of_size(recipe.with_train(batch_size=size), prepared, device, weights)
         tried.append(Size(size, rate))
         report(f"  batch size {size}: " + (f"{rate:,.0f} images/s" if rate is not None else "memory ran out"))
         rates = [other.rate or 0.0 for other in tried]
@@ -189,7 +189,7 @@ def _with_batch_size(recipe: Recipe, size: int, report: Report) -> Recipe:
     update = {name: value * factor for name, value in rates_of.items() if value is not None}
     optimizer = recipe.optimizer.model_copy(update=update)
     report(f"batch size: {size}, learning rate {optimizer.lr:g}")
-    return _with_train(recipe, batch_size=size).model_copy(update={"optimizer": optimizer})
+    return recipe.with_train(batch_size=size).model_copy(update={"optimizer": optimizer})
 
 
 def _rate_of_size(recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None) -> float | None:
@@ -213,10 +213,6 @@ def _rate_of_size(recipe: Recipe, prepared: Prepared, device: torch.device, weig
     return None
 
 
-def _with_train(recipe: Recipe, **values: Any) -> Recipe:
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
-
-
 def measured_step(
     recipe: Recipe,
     prepared: Prepared,
@@ -230,7 +226,7 @@ def measured_step(
     frozen_batch: what the network takes is made once; else it is augmented anew for each step.
     """
     order = epoch_order(torch.from_numpy(prepared.train.index), recipe.seed, 0)[: recipe.train.batch]
-    task = make_task(_with_train(recipe, ema=None), _only(prepared, order), device, weights, lambda _: None)
+    task = make_task(recipe.with_train(ema=None), _only(prepared, order), device, weights, lambda _: None)
     task = dataclasses.replace(task, pipelines=((0.0, task.pipelines[-1][1]),))
     if task.network.numerics.compiled and task.network.compiled is None:
         raise RuntimeError("there is nothing in this network that could be compiled")
@@ -243,13 +239,17 @@ def measured_step(
 
     # What is cached is computed once a version in training, and so is not a part of most steps.
     kept = make_batch(recipe, task, found, draws, 0, 1, 1) if frozen_batch or recipe.caches else None
-    fitting_backward = Backward(recipe, task, scaler, recipe.train.accumulate)
+    fitting_backward = Backward(recipe, task, scaler)
 
-    def run() -> Tensor:
+    def add_gradients() -> Tensor:
         task.network.numerics.activate(device)
         batch = kept if kept is not None else make_batch(recipe, task, found, draws, 0, 1, 1)
         optimizer.zero_grad(set_to_none=True)
         loss, _ = fitting_backward(batch, 0)
+        return loss
+
+    def run() -> Tensor:
+        loss = add_gradients()
         apply_gradients(recipe, task.network.model, optimizer, scaler)
         return loss
 
@@ -258,11 +258,8 @@ def measured_step(
 
     if scaler is not None:
         # The scale begins too high, and is halved at each overflow, at which nothing else is done.
-        task.network.numerics.activate(device)
         for _ in range(SCALES):
-            batch = kept if kept is not None else make_batch(recipe, task, found, draws, 0, 1, 1)
-            optimizer.zero_grad(set_to_none=True)
-            fitting_backward(batch, 0)
+            add_gradients()
             if all(torch.isfinite(gradient).all() for gradient in gradients()):
                 break
             scaler.step(optimizer)

@@ -83,12 +83,7 @@ def run_experiment(
     so and the test set is left alone. Raises what preparing, training and writing raise; once there is a run folder,
     its train.json then says "failed", or holds the `error` if training had finished.
     """
-    with _explained(recipe):
-        prepared = prepare(dataset, recipe.data, recipe.seed)
-        for finding in _findings(prepared):
-            report(finding)
-        weights = find_weights(recipe.model, report)
-        decided = decide(recipe, prepared, device, weights, report)
+    prepared, weights, decided = get_ready(recipe, dataset, device, report)
     recipe = decided.recipe
     with _explained(recipe):
         task = make_task(recipe, prepared, device, weights, report)
@@ -115,6 +110,18 @@ def run_experiment(
             mark(run, "failed", " ".join(str(error).split()))
             raise
     return run
+
+
+def get_ready(
+    recipe: Recipe, dataset: Dataset, device: torch.device, report: Report
+) -> tuple[Prepared, Weights | None, Decided]:
+    """What training a resolved recipe takes: data, pretrained weights, and what was left to the machine decided."""
+    with _explained(recipe):
+        prepared = prepare(dataset, recipe.data, recipe.seed)
+        for finding in _findings(prepared):
+            report(finding)
+        weights = find_weights(recipe.model, report)
+        return prepared, weights, decide(recipe, prepared, device, weights, report)
 
 
 @contextlib.contextmanager
@@ -185,7 +192,7 @@ def score_run(
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice):
         choice = choice.model_copy(update={"compile": False})  # nothing is, in evaluation
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"numerics": choice})})
+        recipe = recipe.with_train(numerics=choice)
         if (reason := numerics.impossible(device, choice)) is not None:
             report(f"the run's numerics ({choice}) are not to be had here: {reason}; scoring in float32")
             recipe = make_recipe(recipe.to_dict(), ["train.numerics=exact"])

@@ -61,7 +61,7 @@ def learning_rate_test(
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
-    fitting_backward = Backward(recipe, task, scaler, recipe.train.accumulate)
+    fitting_backward = Backward(recipe, task, scaler)
     for step in range(steps):
         rate = low * (high / low) ** (step / (steps - 1))
         set_learning_rate(optimizer, Values(rate / recipe.optimizer.lr, None))

@@ -40,21 +40,21 @@ def process_age() -> float:
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
-def prepare(keep: bool = True, huge: bool = True, pin: bool = True, flush: bool = True) -> dict[str, bool]:
+def prepare(*, pin: bool = True) -> dict[str, bool]:
     """Make this process ready for training on the CPU; call before torch is imported. Returns what took effect.
 
-    keep: memory stays in the process. huge: and in pages of 2 MB. pin: torch's worker threads stay on their cores.
-    flush: numbers too small for full precision become zero, as CPUs are slow with them. Once a process is ready,
-    another call changes nothing.
+    Memory stays in the process, and in pages of 2 MB; numbers too small for full precision become zero, as CPUs are
+    slow with them; with `pin` torch's worker threads stay on their cores. Once a process is ready, another call changes
+    nothing.
     """
     if not _prepared:
-        kept = keep and keep_memory()
-        asked = kept and huge and ask_for_huge_pages(available_memory() // 2)
+        kept = keep_memory()
+        asked = kept and ask_for_huge_pages(available_memory() // 2)
         with _pinning(pin) as pinned:
             import torch
 
             # Threads inherit this from the one that starts them: all do the same arithmetic only if it comes first.
-            flushed = flush and torch.set_flush_denormal(True)
+            flushed = torch.set_flush_denormal(True)
             torch.ones(1_000_000).add_(1)  # the threads start with the first parallel loop
         _prepared.update(memory_kept=kept, huge_pages=asked, threads_pinned=pinned, denormals_flushed=flushed)
     return dict(_prepared)
@@ -217,8 +217,8 @@ def free_memory(device: torch.device) -> int:
 def available_memory() -> int:
     """Bytes of main memory that may be taken without pushing anything out; what a container leaves, in one."""
     available = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no cgroup (v2), or no limit: "max"
-        limit = int((_CGROUP / "memory.max").read_text())
+    with contextlib.suppress(OSError, ValueError):
+        limit = _container_limit()
         used = int((_CGROUP / "memory.current").read_text())
         # Files that were read count as used, and go when memory is wanted.
         counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
@@ -235,8 +235,13 @@ def total_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[1])
     total = int(psutil.virtual_memory().total)
     with contextlib.suppress(OSError, ValueError):
-        total = min(total, int((_CGROUP / "memory.max").read_text()))
+        total = min(total, _container_limit())
     return total
+
+
+def _container_limit() -> int:
+    """Bytes. Raises OSError without cgroups (v2), ValueError without a limit ("max")."""
+    return int((_CGROUP / "memory.max").read_text())
 
 
 def reset_peak_memory(device: torch.device) -> None:

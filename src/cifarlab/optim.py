@@ -165,20 +165,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, values: Values, fading: 
                 group["momentum"] = values.momentum
 
 
-class Lion(torch.optim.Optimizer):
-    """Lion, algorithm 2 of arXiv 2302.06675, with decoupled weight decay:
-
-    u = sign(b1 × m + (1 - b1) × g);  w = w - lr × (u + weight_decay × w);  m = b2 × m + (1 - b2) × g
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+class _ByGroups(torch.optim.Optimizer):
+    """An optimizer that steps a group's parameters together, those that have a gradient."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -195,24 +183,47 @@ class Lion(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
-                continue
-            gradients = [weight.grad for weight in weights]
-            for weight in weights:
-                if "exp_avg" not in self.state[weight]:
-                    self.state[weight]["exp_avg"] = torch.zeros_like(weight)
-            momenta = [self.state[weight]["exp_avg"] for weight in weights]
-            beta1, beta2 = group["betas"]
-
-            updates = torch._foreach_lerp(gradients, momenta, beta1)
-            torch._foreach_sign_(updates)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
-            torch._foreach_lerp_(momenta, gradients, 1 - beta2)
+            if weights:
+                self._step_group(group, weights, [weight.grad for weight in weights])
         return loss
 
+    def _step_group(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        raise NotImplementedError
 
-class MuonSGD(torch.optim.Optimizer):
+    def _kept(self, name: str, weights: list[Tensor]) -> list[Tensor]:
+        """The state of that name of each parameter, zeros at first."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(weight)
+        return [self.state[weight][name] for weight in weights]
+
+
+class Lion(_ByGroups):
+    """Lion, algorithm 2 of arXiv 2302.06675, with decoupled weight decay:
+
+    u = sign(b1 × m + (1 - b1) × g);  w = w - lr × (u + weight_decay × w);  m = b2 × m + (1 - b2) × g
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    def _step_group(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        momenta = self._kept("exp_avg", weights)
+        beta1, beta2 = group["betas"]
+        updates = torch._foreach_lerp(gradients, momenta, beta1)
+        torch._foreach_sign_(updates)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        torch._foreach_lerp_(momenta, gradients, 1 - beta2)
+
+
+class MuonSGD(_ByGroups):
     """Muon as in the CIFAR-10 speedruns (airbench94), beside SGD with Nesterov's momentum; a group says which it gets.
 
     With a matrix W of r rows, a convolution's filters as rows, gradient G and momentum M (`use_muon`):
@@ -228,41 +239,20 @@ class MuonSGD(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "use_muon": False}
         super().__init__(params, defaults | {"ns_steps": ns_steps, "nesterov": nesterov})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; parameters without a gradient stay as they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
-                continue
-            gradients = [weight.grad for weight in weights]
-            if not group["use_muon"] and group["weight_decay"]:
-                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+    def _step_group(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        if not group["use_muon"] and group["weight_decay"]:
+            gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+        momenta = self._kept("momentum_buffer", weights)
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        updates = momenta
+        if group["nesterov"]:
+            updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
+        if group["use_muon"]:
+            updates = [_orthogonal(update, group["ns_steps"]) for update in updates]
             for weight in weights:
-                if "momentum_buffer" not in self.state[weight]:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, gradients)
-            updates = momenta
-            if group["nesterov"]:
-                updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
-            if group["use_muon"]:
-                updates = [_orthogonal(update, group["ns_steps"]) for update in updates]
-                for weight in weights:
-                    weight.mul_(len(weight) ** 0.5 / weight.norm())
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
-        return loss
+                weight.mul_(len(weight) ** 0.5 / weight.norm())
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def _orthogonal(update: Tensor, steps: int) -> Tensor:

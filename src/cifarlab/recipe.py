@@ -150,6 +150,10 @@ class Recipe(Section):
         """Whether what frozen stages compute is kept: there are some, and images come again as they were."""
         return self.model.freeze_stages > 0 and self.model.cache is not None and self.augment.cycle is not None
 
+    def with_train(self, **values: Any) -> Recipe:
+        """The recipe with other values in `train`, which are not checked."""
+        return self.model_copy(update={"train": self.train.model_copy(update=values)})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values (JSON types), in the order of the fields."""
         return self.model_dump(mode="json")

@@ -226,11 +226,10 @@ def train(
     thaw_step = thaw.in_steps(total_steps, steps_per_epoch) if thaw else 0
     fade = recipe.model.whitening_bias
     fade_steps = fade.in_steps(total_steps, steps_per_epoch) if fade else None
-
     biases = list(whitening_biases(model).values())
 
     step = images = saved_step = 0
-    fitting_backward = Backward(recipe, task, scaler, section.accumulate)
+    fitting_backward = Backward(recipe, task, scaler)
     last_step = total_steps  # early stopping lowers it
     lr = 0.0
     epoch_began = saved_at = 0.0  # seconds of training time
@@ -362,9 +361,10 @@ def train(
                 warmup_share=warmup_share,
                 val_losses=[math.nan if e["val_loss"] is None else e["val_loss"] for e in epochs],
             )
-            fading = None if fade_steps is None else max(0.0, 1 - step / max(1, fade_steps))
-            if fading == 0.0 or fade_steps == 0:
-                fading = 0.0
+            fading = None
+            if fade_steps is not None:
+                fading = 1 - step / fade_steps if step < fade_steps else 0.0
+            if fading == 0.0:
                 for bias in biases:  # nothing is left to be computed for the first layer
                     bias.requires_grad_(False)
             set_learning_rate(optimizer, values, fading)
@@ -495,8 +495,8 @@ class Backward:
     buffers (BatchNorm's statistics) that were there.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, scaler: torch.amp.GradScaler | None, accumulate: int) -> None:
-        self.accumulate = accumulate
+    def __init__(self, recipe: Recipe, task: Task, scaler: torch.amp.GradScaler | None) -> None:
+        self.accumulate = recipe.train.accumulate
         self._recipe, self._task, self._scaler = recipe, task, scaler
         self._fits: set[tuple[int, ...]] = set()  # shapes of inputs
 

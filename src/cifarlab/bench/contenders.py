@@ -90,20 +90,26 @@ class _Clock:
 # --- ours ---------------------------------------------------------------------------------------
 
 
-def _prepared(job: Job) -> tuple[Any, Any, Any, Any]:
-    """Recipe, device, prepared data and weights, as a run has them."""
+def _ready(job: Job) -> tuple[Any, Any, Any, Any]:
+    """Recipe, device, prepared data and weights, in a process that is made ready as a run's is."""
     from cifarlab import machine
 
     machine.prepare()
+    from cifarlab.models.weights import find_weights
+
+    recipe, device, prepared = _loaded(job)
+    return recipe, device, prepared, find_weights(recipe.model, _quiet)
+
+
+def _loaded(job: Job) -> tuple[Any, Any, Any]:
+    """Recipe, device and prepared data."""
+    from cifarlab import machine
     from cifarlab.data.prepare import prepare
     from cifarlab.experiment import load
-    from cifarlab.models.weights import find_weights
     from cifarlab.recipe import make_recipe, parse_yaml
 
     recipe = make_recipe(parse_yaml(job.recipe, "recipe"))
-    device = machine.choose_device(job.device)
-    prepared = prepare(load(recipe, job.data, _quiet), recipe.data, recipe.seed)
-    return recipe, device, prepared, find_weights(recipe.model, _quiet)
+    return recipe, machine.choose_device(job.device), prepare(load(recipe, job.data, _quiet), recipe.data, recipe.seed)
 
 
 def _quiet(text: str) -> None:
@@ -116,7 +122,7 @@ def _ours(job: Job) -> Round:
     from cifarlab.rundir import RunFolder
     from cifarlab.train import StopRequest, train
 
-    recipe, device, prepared, weights = _prepared(job)
+    recipe, device, prepared, weights = _ready(job)
 
     class Display:
         """The loop asks it after each step whether it wants to look: that is when a step is over."""
@@ -151,7 +157,7 @@ def _ceiling(job: Job) -> Round:
     from cifarlab import machine
     from cifarlab.choices import measured_step
 
-    recipe, device, prepared, weights = _prepared(job)
+    recipe, device, prepared, weights = _ready(job)
     step = measured_step(recipe, prepared, device, weights, frozen_batch=True)
 
     def one_round(steps: tuple[int, int]) -> float:
@@ -189,15 +195,9 @@ class _Peer:
         import torch
         from torchvision.transforms import v2
 
-        from cifarlab import machine
-        from cifarlab.data.prepare import prepare
-        from cifarlab.experiment import load
         from cifarlab.models import build_model
-        from cifarlab.recipe import make_recipe, parse_yaml
 
-        self.recipe = make_recipe(parse_yaml(job.recipe, "recipe"))
-        self.device = machine.choose_device(job.device)
-        prepared = prepare(load(self.recipe, job.data, _quiet), self.recipe.data, self.recipe.seed)
+        self.recipe, self.device, prepared = _loaded(job)
         self.pixels, self.labels = prepared.train.images.pixels, prepared.train.images.labels
         self.index = prepared.train.index
         self.classes = prepared.classes

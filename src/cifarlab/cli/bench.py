@@ -47,11 +47,8 @@ def bench(
     from cifarlab import files
     from cifarlab.bench.contenders import Job, available
     from cifarlab.bench.measure import measure
-    from cifarlab.choices import decide
     from cifarlab.cli.tables import print_pairs
-    from cifarlab.data.prepare import prepare
-    from cifarlab.experiment import check_plans, load
-    from cifarlab.models.weights import find_weights
+    from cifarlab.experiment import check_plans, get_ready, load
     from cifarlab.recipe import load_recipe, make_recipe
 
     names = [name for name in available() if name != "ours"]
@@ -66,9 +63,7 @@ def bench(
     plan = plan.resolved(dataset=dataset or plan.datasets[0], seed=plan.seed)
     place = machine.choose_device(device)
     check_plans([plan], Path.cwd(), place, say)
-    weights = find_weights(plan.model, say)
-    prepared = prepare(load(plan, data, say), plan.data, plan.seed)
-    plan = decide(plan, prepared, place, weights, say).recipe
+    prepared, _, (plan, *_) = get_ready(plan, load(plan, data, say), place, say)
     count, batch = len(prepared.train), plan.train.batch
     if count < batch:
         raise UsageError(f"{count} training images are no whole batch of {batch}; --set train.batch_size={count}")

@@ -31,21 +31,16 @@ def lr_find(
     machine.prepare()
     from cifarlab import plots
     from cifarlab.build import make_task
-    from cifarlab.choices import decide
-    from cifarlab.data.prepare import prepare
-    from cifarlab.experiment import check_plans, load
+    from cifarlab.experiment import check_plans, get_ready, load
     from cifarlab.lr_find import learning_rate_test
-    from cifarlab.models.weights import find_weights
     from cifarlab.recipe import load_recipe
 
     plan = load_recipe(recipe, set_ or [])
     plan = plan.resolved(dataset=dataset or plan.datasets[0], seed=plan.seed)
     place = machine.choose_device(device)
     check_plans([plan], out.parent, place, say)
-    weights = find_weights(plan.model, say)
-    prepared = prepare(load(plan, data, say), plan.data, plan.seed)
     left_open = plan.train.batch_size == "auto"
-    plan = decide(plan, prepared, place, weights, say).recipe
+    prepared, weights, (plan, *_) = get_ready(plan, load(plan, data, say), place, say)
     task = make_task(plan, prepared, place, weights, say)
     with make_console().status("learning-rate test") as status:
         test = learning_rate_test(
