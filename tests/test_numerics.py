@@ -64,7 +64,7 @@ class Machine:
         self.ways = ways
         self.steps = dict.fromkeys(ways, 0)
         monkeypatch.setattr("cifarlab.numerics.time.perf_counter", lambda: self.now)
-        monkeypatch.setattr(numerics, "candidates", lambda _: [way for way in ways if not way.compile])
+        monkeypatch.setattr(numerics, "candidates", lambda _: [w for w in ways if not (w.compile or w.benchmark)])
         can = any(way.compile for way in ways)
         monkeypatch.setattr(numerics, "can_compile", lambda _: can)
 
@@ -82,9 +82,9 @@ class Machine:
         return Step(run, lambda: [torch.tensor(way.get("gradient", [1.0, 0.0])), torch.tensor([2.0])])
 
     def choose(
-        self, steps: int = 1000, compilations: int = 1, frozen: bool = False
+        self, steps: int = 1000, compilations: int = 1, frozen: bool = False, device: torch.device = CPU
     ) -> tuple[NumericsChoice, list[numerics.Trial]]:
-        return numerics.measure(CPU, self.make_step, steps=steps, compilations=compilations, frozen=frozen)
+        return numerics.measure(device, self.make_step, steps=steps, compilations=compilations, frozen=frozen)
 
 
 def test_the_fastest_way_is_chosen_and_the_table_says_what_each_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +180,31 @@ def test_a_depthwise_convolution_in_bf16_has_the_gradients_of_fp32_at_the_rounde
         assert own.grad is not None and exact.grad is not None and torch.equal(own.grad, exact.grad)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"padding": 2},
+        {"stride": 2, "padding": 2},
+        {"stride": (1, 2), "padding": (0, 3)},
+        {"stride": 3},
+        {"padding": 4, "dilation": 2},
+    ],
+)
+def test_the_gradient_of_a_5x5_depthwise_weight_is_that_of_fp32(settings: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, weight = torch.randn(3, 6, 13, 11, generator=generator), torch.randn(6, 1, 5, 5, generator=generator)
+    ours, own = images.clone().requires_grad_(), weight.clone().requires_grad_()
+    with numerics.chosen(CPU, BF16).training(CPU):
+        output = F.conv2d(ours, own, groups=6, **settings)
+    upstream = torch.randn(output.shape, generator=generator).bfloat16()
+    torch.autograd.backward(output, upstream)
+    rounded, exact = images.bfloat16().double().requires_grad_(), weight.double().requires_grad_()
+    torch.autograd.backward(F.conv2d(rounded, exact, groups=6, **settings), upstream.double())
+    assert own.grad is not None and exact.grad is not None and ours.grad is not None and rounded.grad is not None
+    torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours.grad.double(), rounded.grad, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_other_convolutions_are_left_as_they_are(groups: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -259,13 +284,48 @@ def test_compiled_frozen_stages_are_tried_where_there_are_some_and_they_may_pay(
     assert choice == (way if tried else BF16)
     assert len(trials) == 2 + tried
     if tried:
-        assert "frozen stages compiled" in str(trials[2]) and "8 s to compile" in str(trials[2])
+        assert "frozen stages compiled" in str(trials[2]) and "8 s until it ran" in str(trials[2])
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "chosen", "tried"),
+    [
+        ("cuda", 20_000, True, True),  # 400 s against 200 + 19
+        ("cuda", 5_000, False, True),  # 100 s against 98 + 19
+        ("cuda", 2_000, False, False),  # 40 s: not even tried
+        ("cpu", 20_000, False, False),
+    ],
+)
+def test_cudnns_own_benchmark_is_tried_on_long_runs_on_a_gpu_and_must_pay_for_itself(
+    monkeypatch: pytest.MonkeyPatch, device: str, steps: int, chosen: bool, tried: bool
+) -> None:
+    monkeypatch.setattr("cifarlab.machine.synchronize", lambda _: None)
+    way = LAST.model_copy(update={"benchmark": True})
+    gain = 0.01 if steps == 20_000 else 0.0004
+    ways = {FP32: {"seconds": 0.03}, LAST: {"seconds": 0.02}, way: {"seconds": 0.02 - gain, "setup": 19.0}}
+    choice, trials = Machine(monkeypatch, ways).choose(steps=steps, device=torch.device(device))
+    assert choice == (way if chosen else LAST)
+    assert [trial.choice for trial in trials] == [FP32, LAST, *([way] if tried else [])]
+    if tried:
+        assert "benchmarked: " in str(trials[2]) and "19 s until it ran" in str(trials[2])
+
+
+@pytest.mark.parametrize("benchmark", [True, False])
+def test_the_choice_alone_decides_whether_cudnn_benchmarks(benchmark: bool) -> None:
+    assert NumericsChoice().benchmark is False
+    try:
+        numerics.chosen(torch.device("cuda"), NumericsChoice(benchmark=benchmark))
+        assert torch.backends.cudnn.benchmark is benchmark
+    finally:
+        numerics.exact(CPU, channels_last_on_cpu=False)
+    assert torch.backends.cudnn.benchmark is False
 
 
 @pytest.mark.parametrize(
     ("device", "choice", "reason"),
     [
         ("mps", LAST, "BatchNorm"),
+        ("cpu", NumericsChoice(benchmark=True), "CUDA"),
         ("cpu", NumericsChoice(tf32=True), "CUDA"),
         ("mps", NumericsChoice(tf32=True), "CUDA"),
         ("cpu", BF16, "emulates bfloat16"),

@@ -35,6 +35,8 @@ ROUNDS = 5
 # What trying to compile may cost is not known before; as a rule up to this many seconds, once for each resolution. What
 # has no backward takes a fraction of it.
 COMPILATION, FRONT_COMPILATION = 60.0, 10.0
+# So many seconds cuDNN took, on an H200, to time its ways of each of a network's convolutions.
+BENCHMARK = 20.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Numerics:
 
     dtype: of convolutions and products, by autocast; weights are float32. memory_format: how images and convolution
     weights lie in memory. compiled: whether training runs a compiled network, or compiled frozen stages before one that
-    isn't. deterministic: whether the same bits are promised.
+    isn't. deterministic: whether the same bits are promised. benchmark: whether cuDNN times its ways of each
+    convolution when it meets it first.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Numerics:
     compiled: bool | Literal["frozen"]
     deterministic: bool
     tf32: bool = False
+    benchmark: bool = False
 
     def activate(self, device: torch.device) -> None:
         """Set torch's process-wide switches for it."""
@@ -60,7 +64,7 @@ class Numerics:
         torch.use_deterministic_algorithms(not fast, warn_only=not self.deterministic)
         # A debugging aid of the deterministic mode that writes NaN over all new memory: an eighth of EX-2's step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = fast
+        torch.backends.cudnn.benchmark = self.benchmark
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
 
@@ -94,7 +98,10 @@ def chosen(device: torch.device, choice: NumericsChoice) -> Numerics:
     """A choice that was made: on the CPU it gives the same bits each time, as `exact` does. Sets torch's switches."""
     dtype = getattr(torch, choice.dtype)
     layout = _layout(choice.channels_last)
-    return _active(Numerics(str(choice), dtype, layout, choice.compile, device.type == "cpu", choice.tf32), device)
+    deterministic = device.type == "cpu"
+    return _active(
+        Numerics(str(choice), dtype, layout, choice.compile, deterministic, choice.tf32, choice.benchmark), device
+    )
 
 
 def _active(numbers: Numerics, device: torch.device) -> Numerics:
@@ -126,17 +133,51 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, weight = ctx.saved_tensors
-        wanted = (*ctx.needs_input_grad[:2], False)
+        stride, padding, dilation = ctx.places
+        wide, upstream = images.float(), gradient.float()
+        in_parts = ctx.needs_input_grad[1] and weight.shape[2:] == (5, 5) and dilation == [1, 1]
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not in_parts, False]
         of_images, of_weight, _ = torch.ops.aten.convolution_backward(
-            gradient.float(), images.float(), weight.float(), None, *ctx.places, False, [0, 0], images.shape[1], wanted
+            upstream, wide, weight.float(), None, stride, padding, dilation, False, [0, 0], images.shape[1], wanted
         )
+        if in_parts:
+            of_weight = _gradient_of_5x5(wide, upstream, stride, padding)
         return (
-            of_images.to(images.dtype) if wanted[0] else None,
-            of_weight.to(weight.dtype) if wanted[1] else None,
+            of_images.to(images.dtype) if ctx.needs_input_grad[0] else None,
+            of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
             None,
             None,
             None,
         )
+
+
+def _gradient_of_5x5(images: Tensor, gradient: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    """The gradient of a depthwise 5x5 weight, (C, 1, 5, 5): that of four overlapping 3x3 ones.
+
+    oneDNN has fast code for 3x3 and none for 5x5, whose gradient takes it 25 times as long.
+    """
+    channels = images.shape[1]
+    padded = F.pad(images, (padding[1], padding[1], padding[0], padding[0]))
+    corner = images.new_empty(channels, 1, 3, 3)  # only its shape is looked at
+    height, width = ((side - 1) * step + 3 for side, step in zip(gradient.shape[2:], stride, strict=True))
+    result = images.new_empty(channels, 1, 5, 5)
+    for top in (0, 2):
+        for left in (0, 2):
+            part = padded[:, :, top : top + height, left : left + width]
+            result[:, :, top : top + 3, left : left + 3] = torch.ops.aten.convolution_backward(
+                gradient,
+                part.contiguous(memory_format=torch.channels_last),
+                corner,
+                None,
+                stride,
+                [0, 0],
+                [1, 1],
+                False,
+                [0, 0],
+                channels,
+                [False, True, False],
+            )[1]
+    return result
 
 
 class _DepthwiseMode(TorchFunctionMode):
@@ -204,8 +245,8 @@ def impossible(device: torch.device, choice: NumericsChoice) -> str | None:
     """Why a device can't compute in that way, as a clause; None where it can."""
     if choice.channels_last and device.type == "mps":
         return "PyTorch's gradients of BatchNorm are wrong there with channels last"
-    if choice.tf32 and device.type != "cuda":
-        return "tf32 is for CUDA devices"
+    if device.type != "cuda" and (choice.tf32 or choice.benchmark):
+        return f"{'tf32' if choice.tf32 else 'benchmark'} is for CUDA devices"
     if choice.dtype == "bfloat16":
         if device.type == "cpu" and not machine.has_fast_bf16():
             return "this CPU only emulates bfloat16, which can be 25 times slower than float32"
@@ -231,7 +272,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Trial:
-    """A way that was tried. seconds: median of a step; setup: until it ran (compilation). refused: why it is out."""
+    """A way that was tried. seconds: median of a step; setup: until its first step was done. refused: why it is out."""
 
     choice: NumericsChoice
     seconds: float | None = None
@@ -242,8 +283,13 @@ class Trial:
 
     def __str__(self) -> str:
         result = self.refused or f"{(self.seconds or 0.0) * 1000:,.0f} ms a step"
-        setup = f", {self.setup:.0f} s to compile" if self.choice.compile and self.refused is None else ""
+        setup = f", {self.setup:.0f} s until it ran" if self.prepares and self.refused is None else ""
         return f"{self.choice}: {result}{setup}"
+
+    @property
+    def prepares(self) -> bool:
+        """Whether its first step is an investment, which the steps that follow have to pay back."""
+        return bool(self.choice.compile) or self.choice.benchmark
 
     def record(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -322,28 +368,37 @@ def measure(
         if trials[0].refused is not None:  # there is nothing to compare with: training will say what is wrong
             return choice, trials
     time_rounds(list(running))
-    best = min((number for number in running), key=lambda number: trials[number].seconds or 0.0)
-    plain = trials[best].choice
-    compiled: list[NumericsChoice] = []
-    if can_compile(device):
-        left = (trials[best].seconds or 0.0) * steps / compilations
-        if frozen and left > 4 * FRONT_COMPILATION:
-            compiled.append(plain.model_copy(update={"compile": "frozen"}))
-        if left > 4 * COMPILATION:
-            dtypes = dict.fromkeys([plain.dtype, "float32"])
-            compiled += [plain.model_copy(update={"compile": True, "dtype": dtype}) for dtype in dtypes]
-    for choice in compiled:
-        number = len(trials)
-        begin(choice)
-        if number in running:
-            time_rounds([best, number])
 
     def cost(number: int) -> float:
         trial = trials[number]
-        setup = trial.setup * compilations if trial.choice.compile else 0.0
+        setup = trial.setup * compilations if trial.prepares else 0.0
         return (trial.seconds or 0.0) * steps + setup
 
-    return trials[min(running, key=cost)].choice, trials
+    def invest(choices: list[NumericsChoice]) -> None:
+        """Try ways whose first step takes long, beside the best so far."""
+        for choice in choices:
+            number = len(trials)
+            begin(choice)
+            if number in running:
+                time_rounds([min(set(running) - {number}, key=cost), number])
+
+    def best() -> Trial:
+        return trials[min(running, key=cost)]
+
+    def left() -> float:
+        return (best().seconds or 0.0) * steps / compilations
+
+    if device.type == "cuda" and left() > 4 * BENCHMARK:
+        invest([best().choice.model_copy(update={"benchmark": True})])
+    plain, compiled = best().choice, list[NumericsChoice]()
+    if can_compile(device):
+        if frozen and left() > 4 * FRONT_COMPILATION:
+            compiled.append(plain.model_copy(update={"compile": "frozen"}))
+        if left() > 4 * COMPILATION:
+            dtypes = dict.fromkeys([plain.dtype, "float32"])
+            compiled += [plain.model_copy(update={"compile": True, "dtype": dtype}) for dtype in dtypes]
+    invest(compiled)
+    return best().choice, trials
 
 
 def _cosine(one: list[Tensor], other: list[Tensor]) -> float:

@@ -151,12 +151,16 @@ class NumericsChoice(Section):
         False, description="compile the training step (torch.compile); frozen: only the stages that don't train"
     )
     tf32: Boolean = Field(False, description="let a GPU round float32 products to 10 bits")
+    benchmark: Boolean = Field(
+        False, description="let cuDNN time its ways of each convolution first: seconds to half a minute at the start"
+    )
 
     def __str__(self) -> str:
         parts = [
             "tf32" if self.tf32 and self.dtype == "float32" else self.dtype,
             "channels last" if self.channels_last else "channels first",
             {False: "eager", True: "compiled", "frozen": "frozen stages compiled"}[self.compile],
+            *(["benchmarked"] if self.benchmark else []),
         ]
         return ", ".join(parts)
 
