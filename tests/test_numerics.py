@@ -160,49 +160,45 @@ def test_candidates_without_hardware_for_bf16_are_fp32_only(monkeypatch: pytest.
 # --- depthwise convolutions in bf16, and compiled frozen stages ----------------------------------------
 
 
-def test_a_depthwise_convolution_in_bf16_has_the_gradients_of_fp32_at_the_rounded_images() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, weight = torch.randn(2, 6, 9, 8, generator=generator), torch.randn(6, 1, 3, 3, generator=generator)
-    way = numerics.chosen(CPU, BF16)
-    for settings in ({}, {"stride": 2, "padding": 1}, {"padding": (2, 1), "dilation": 2}):
-        ours, own = images.clone().requires_grad_(), weight.clone().requires_grad_()
-        with way.training(CPU):
-            output = F.conv2d(ours, own, groups=6, **settings)
-        assert output.dtype == torch.bfloat16
-        with way.autocast(CPU):
-            assert torch.equal(output, F.conv2d(images, weight, groups=6, **settings))
-        upstream = torch.randn(output.shape, generator=generator).bfloat16()
-        torch.autograd.backward(output, upstream)
-        rounded, exact = images.bfloat16().float().requires_grad_(), weight.clone().requires_grad_()
-        torch.autograd.backward(F.conv2d(rounded, exact, groups=6, **settings), upstream.float())
-        assert ours.grad is not None and rounded.grad is not None
-        assert torch.equal(ours.grad, rounded.grad.bfloat16().float())
-        assert own.grad is not None and exact.grad is not None and torch.equal(own.grad, exact.grad)
-
-
+@pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize(
-    "settings",
+    ("kernel", "settings"),
     [
-        {"padding": 2},
-        {"stride": 2, "padding": 2},
-        {"stride": (1, 2), "padding": (0, 3)},
-        {"stride": 3},
-        {"padding": 4, "dilation": 2},
+        ((3, 3), {}),
+        ((3, 3), {"padding": 1}),
+        ((3, 3), {"stride": 2, "padding": 1}),
+        ((3, 3), {"padding": (2, 1), "dilation": 2}),
+        ((5, 5), {"padding": 2}),
+        ((5, 5), {"stride": 2, "padding": 2}),
+        ((5, 5), {"stride": 3}),
+        ((5, 5), {"padding": 4, "dilation": 2}),
+        ((2, 4), {"padding": (0, 3)}),
+        ((7, 7), {"stride": (1, 2), "padding": 3}),
+        ((1, 8), {"stride": (3, 1), "padding": (0, 1)}),
     ],
 )
-def test_the_gradient_of_a_5x5_depthwise_weight_is_that_of_fp32(settings: dict[str, Any]) -> None:
+def test_a_depthwise_convolution_in_bf16_has_the_gradients_of_fp32_at_the_rounded_images(
+    kernel: tuple[int, int], settings: dict[str, Any], channels_last: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    images, weight = torch.randn(3, 6, 13, 11, generator=generator), torch.randn(6, 1, 5, 5, generator=generator)
+    images, weight = torch.randn(3, 6, 13, 11, generator=generator), torch.randn(6, 1, *kernel, generator=generator)
+    if channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    way = numerics.chosen(CPU, BF16)
     ours, own = images.clone().requires_grad_(), weight.clone().requires_grad_()
-    with numerics.chosen(CPU, BF16).training(CPU):
+    with way.training(CPU):
         output = F.conv2d(ours, own, groups=6, **settings)
+    assert output.dtype == torch.bfloat16
+    with way.autocast(CPU):
+        assert torch.equal(output, F.conv2d(images, weight, groups=6, **settings))
     upstream = torch.randn(output.shape, generator=generator).bfloat16()
     torch.autograd.backward(output, upstream)
-    rounded, exact = images.bfloat16().double().requires_grad_(), weight.double().requires_grad_()
-    torch.autograd.backward(F.conv2d(rounded, exact, groups=6, **settings), upstream.double())
-    assert own.grad is not None and exact.grad is not None and ours.grad is not None and rounded.grad is not None
-    torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(ours.grad.double(), rounded.grad, rtol=0.01, atol=0.01)
+    rounded, wide = images.bfloat16().double().requires_grad_(), weight.bfloat16().double().requires_grad_()
+    torch.autograd.backward(F.conv2d(rounded, wide, groups=6, **settings), upstream.double())
+    for gradient, reference in ((ours.grad, rounded.grad), (own.grad, wide.grad)):
+        assert gradient is not None and reference is not None
+        # bf16 rounds to 8 bits: by up to 0.4 %.
+        assert (gradient.double() - reference).norm() < 0.004 * reference.norm()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
