@@ -149,13 +149,14 @@ def test_the_command_names_a_rate_and_draws(
 ) -> None:
     out = tmp_path / "new" / "curve.png"
     arguments: list[object] = ["lr-find", "ex1", "--dataset", "digits", "--set", "train.batch_size=64"]
-    arguments += ["--set", "optimizer.head_lr=0.01", "--steps", 30, "--out", out]
+    arguments += ["--set", "optimizer.head_lr=0.01", "--steps", 30, "--out", out, "--data", tmp_path, "--device", "cpu"]
     code, text, err = call(capsys, monkeypatch, *arguments)
     assert (code, err) == (0, "")
     assert "the loss falls fastest at a learning rate of " in text and f"picture: {out}" in text
     command = shlex.split(text.partition("to use it: ")[2].partition("\n")[0])
-    assert command[:7] == ["cifarlab", "run", "ex1", "--dataset", "digits", "--set", "train.batch_size=64"]
-    rates = dict(word.split("=") for word in command[8::2])
+    assert command[:5] == ["cifarlab", "run", "ex1", "--dataset", "digits"]
+    assert command[5:11] == ["--data", str(tmp_path), "--device", "cpu", "--set", "train.batch_size=64"]
+    rates = dict(word.split("=") for word in command[12::2])
     assert 1e-6 < float(rates["optimizer.lr"]) < 1
     # EX-1's rate is 1e-3, and the head's rises with it.
     assert float(rates["optimizer.head_lr"]) == pytest.approx(10 * float(rates["optimizer.lr"]), rel=0.1)
@@ -173,6 +174,7 @@ def test_a_batch_size_that_was_found_goes_with_the_rate(
     assert (code, err) == (0, "")
     command = shlex.split(text.partition("to use it: ")[2].partition("\n")[0])
     assert command[-1] == "train.batch_size=64"
+    assert "--data" not in command and "--device" not in command  # which weren't given
     # A run with it neither looks for a size again nor scales the rate.
     plan = load_recipe("ex1", command[6::2])
     assert plan.train.batch_size == 64

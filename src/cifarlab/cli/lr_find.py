@@ -66,6 +66,8 @@ def lr_find(
         if left_open:  # the rate is for this size
             found.append(f"train.batch_size={plan.train.batch}")
         command = ["cifarlab", "run", recipe, "--dataset", plan.datasets[0]]
+        command += ["--data", str(data)] if data is not None else []
+        command += ["--device", device] if device != "auto" else []
         command += [word for override in [*(set_ or []), *found] for word in ("--set", override)]
         say(f"to use it: {shlex.join(command)}")
     say(f"picture: {out}")
