@@ -149,6 +149,15 @@ def test_compilation_must_pay_for_itself(
         assert machine.steps[way] == 0
 
 
+@pytest.mark.parametrize(("seconds", "compiled"), [(0.194, False), (0.18, True)])
+def test_what_has_to_be_prepared_must_be_faster_by_more_than_a_measurement_may_err(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, compiled: bool
+) -> None:
+    way = FP32.model_copy(update={"compile": True})
+    machine = Machine(monkeypatch, {FP32: {"seconds": 0.2}, way: {"seconds": seconds, "setup": 3.0}})
+    assert machine.choose(steps=10_000)[0].compile == compiled
+
+
 def test_candidates_without_hardware_for_bf16_are_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cifarlab.machine.has_fast_bf16", lambda: False)
     assert numerics.candidates(CPU) == [FP32, LAST]

@@ -36,6 +36,9 @@ ROUNDS = 5
 # What trying to compile may cost is not known before; as a rule up to this many seconds, once for each resolution. What
 # has no backward takes a fraction of it.
 COMPILATION, FRONT_COMPILATION = 60.0, 10.0
+# What has to be prepared must be so much faster: a few steps are measured no better than that, and compiled ones have
+# been slower in a run than they were here.
+WORTH_PREPARING = 1.05
 # So many seconds cuDNN took, on an H200, to time its ways of each of a network's convolutions.
 BENCHMARK = 20.0
 
@@ -365,8 +368,8 @@ def measure(
 
     def cost(number: int) -> float:
         trial = trials[number]
-        setup = trial.setup * compilations if trial.prepares else 0.0
-        return (trial.seconds or 0.0) * steps + setup
+        whole = (trial.seconds or 0.0) * steps
+        return whole * WORTH_PREPARING + trial.setup * compilations if trial.prepares else whole
 
     def invest(choices: list[NumericsChoice]) -> None:
         """Try ways whose first step takes long, beside the best so far."""
