@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,12 @@ import pytest
 import torch
 
 from cifarlab import choices, machine, remembered, train
+from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError, RunError
+from cifarlab.models import build_model
+from cifarlab.models.chain import head_parameters
+from cifarlab.models.weights import find_weights
 from cifarlab.numerics import Step
 from cifarlab.recipe import load_recipe, make_recipe
 from short_runs import CPU, SMALL, make_dataset, run
@@ -118,6 +123,23 @@ def test_a_measured_step_knows_whether_it_fitted(monkeypatch: pytest.MonkeyPatch
     step = choices.measured_step(plan, prepared, CPU, None)
     step.run()
     assert not step.whole()
+
+
+def test_a_new_head_hides_nothing_from_the_measurement(tmp_path: Path) -> None:
+    """With a head of zeros neither the loss nor the backbone's gradients, all zero, would show how exact they are."""
+    path = tmp_path / "ex1.pth"
+    torch.save(build_model(load_recipe("ex1").model, classes=4, size=(32, 32), seed=5).state_dict(), path)
+    settings = [*SMALL, "train.numerics=exact", f"model.pretrained={path}"]
+    plan = load_recipe("ex1", settings).resolved(dataset="digits", seed=0)
+    prepared = prepare(make_dataset(), plan.data, 0)
+    weights = find_weights(plan.model, lambda _: None)
+    runs = [choices.measured_step(plan, prepared, CPU, weights) for _ in range(2)]
+    losses = [step.run().item() for step in runs]
+    assert losses[0] == losses[1] and abs(losses[0] - math.log(4)) > 1e-3
+    assert all(gradient.any() for gradient in runs[0].gradients())
+    # The run itself begins at zero.
+    task = make_task(plan, prepared, CPU, weights, lambda _: None)
+    assert not any(task.network.model.get_parameter(name).any() for name in head_parameters(task.network.model))
 
 
 def test_sizes_end_where_the_next_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

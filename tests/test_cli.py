@@ -230,13 +230,15 @@ def test_a_bad_image_is_named_and_skipped_only_by_choice(
 def test_show_gives_a_recipe_that_runs_again_and_the_layer_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cifarlab.recipe import load_recipe, make_recipe, parse_yaml
+    from cifarlab.recipe import flatten, load_recipe, make_recipe, parse_yaml
 
     code, out, _ = call(capsys, monkeypatch, "show", "ex2", "--dataset", "cifar100", "--set", "train.epochs=7")
     assert code == 0
     text = out.partition("\nex2: 100 classes")[0]
     expected = load_recipe("ex2", ["train.epochs=7", "datasets=[cifar100]"])
-    assert make_recipe(parse_yaml(text, "shown")) == expected
+    shown = parse_yaml(text, "shown")
+    assert make_recipe(shown) == expected
+    assert flatten(shown).keys() == flatten(expected.to_dict()).keys()  # what is left at its default as well
     assert "16,904,548" in out and "64 x 16 x 16" in out and "67.62 parameters" in out
 
 

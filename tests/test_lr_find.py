@@ -178,3 +178,24 @@ def test_a_batch_size_that_was_found_goes_with_the_rate(
     # A run with it neither looks for a size again nor scales the rate.
     plan = load_recipe("ex1", command[6::2])
     assert plan.train.batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--from", 2], "--from 2 --to 1"), (["--steps", 3], "--steps 3"), (["--out", "."], "--out . is a folder")],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[object], said: str
+) -> None:
+    code, _, err = call(capsys, monkeypatch, "lr-find", "ex1", "--data", "nowhere", *options)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_step_that_batchnorm_refuses_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments: list[object] = ["lr-find", "ex1", "--dataset", "digits", "--out", tmp_path / "curve.png"]
+    for setting in ("data.limit=20", "model.name=efficientnet_lite0", "train.batch_size=4", "train.accumulate=4"):
+        arguments += ["--set", setting]
+    code, _, err = call(capsys, monkeypatch, *arguments)
+    assert code == 4 and "too little for the BatchNorm of 'efficientnet_lite0'" in err and err.count("\n") == 1

@@ -102,6 +102,7 @@ def test_the_fastest_way_is_chosen_and_the_table_says_what_each_took(monkeypatch
         ({"loss": 2.05}, "its loss is 2.0500, fp32's 2.0000"),
         ({"loss": float("nan")}, "its loss is nan"),
         ({"gradient": [-1.0, 2.0]}, "the cosine of their angle is 0."),
+        ({"gradient": [1.0, 2.6]}, "the cosine of their angle is 0.65"),
         ({"gradient": [float("nan"), 0.0]}, "the cosine of their angle is nan"),
         ({"error": RuntimeError("not\nimplemented")}, "not implemented"),
     ],
@@ -117,7 +118,7 @@ def test_a_way_that_fails_or_disagrees_with_fp32_is_refused_however_fast(
 
 
 def test_rounding_is_no_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounded = {"seconds": 0.1, "loss": 2.03, "gradient": [1.1, 0.4]}
+    rounded = {"seconds": 0.1, "loss": 2.03, "gradient": [1.0, 1.9]}
     machine = Machine(monkeypatch, {FP32: {"seconds": 0.3}, BF16: rounded})
     assert machine.choose()[0] == BF16
 

@@ -9,8 +9,21 @@ from typing import Any
 import pytest
 import yaml
 
+from cifarlab.data.sources import dataset_shape
 from cifarlab.errors import RecipeError
-from cifarlab.recipe import Recipe, fingerprint, load_recipe, make_recipe, parse_yaml, recipe_names, recipe_text
+from cifarlab.models import outline
+from cifarlab.models.chain import freeze
+from cifarlab.optim import parameter_groups
+from cifarlab.recipe import (
+    Recipe,
+    fingerprint,
+    flatten,
+    load_recipe,
+    make_recipe,
+    parse_yaml,
+    recipe_names,
+    recipe_text,
+)
 
 
 def field(recipe: Recipe, path: str) -> Any:
@@ -30,6 +43,41 @@ def test_a_packaged_recipe_says_what_it_is_and_survives_being_written(name: str)
     heading = recipe_text(name)
     for word in (": ", "# Source:", "# Expected:", "# Cost:", f"# Command: cifarlab run {name}"):
         assert word in heading
+
+
+REPORTED: dict[str, dict[str, Any]] = {
+    "ex3": {"train.epochs": 40, "train.resolution": None, "augment.flip": None, "schedule.name": "constant"},
+    "ex4": {"train.epochs": 15, "train.resolution": 128, "augment.crop_padding": 16, "augment.flip": "random"},
+    "ex5": {"train.epochs": 30, "train.resolution": 128, "augment.crop_padding": 16, "optimizer.name": "lion"},
+}
+
+
+@pytest.mark.parametrize("network", ["efficientnet_v2_s", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", REPORTED)
+def test_the_transfer_experiments_are_those_of_the_report(name: str, network: str) -> None:
+    expected: dict[str, Any] = {"model.name": network, "model.pretrained": True, "model.head": "keep"}
+    expected |= {"optimizer.name": "adam", "optimizer.lr": 1e-4, "optimizer.weight_decay": 1e-4}
+    expected |= {"train.batch_size": 64, "train.numerics": "exact", "data.validation": 0.1, **REPORTED[name]}
+    found = flatten(load_recipe(name + ("-lite0" if network == "efficientnet_lite0" else "")).to_dict())
+    assert {key: found[key] for key in expected} == expected
+    if name != "ex3":  # EX-2's schedule
+        assert found["schedule.name"] == load_recipe("ex2-schedule").schedule.name == "cosine"
+    scratch = flatten(load_recipe("ex4-scratch").to_dict())
+    assert not scratch["model.pretrained"] and scratch["model.name"] == "efficientnet_v2_s"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_packaged_recipe_fits_its_network(name: str) -> None:
+    """Names, sides, stages to freeze, groups of parameters: all that is looked at before images are."""
+    recipe = load_recipe(name)
+    for dataset in recipe.datasets:
+        plan = recipe.resolved(dataset=dataset, seed=0)
+        classes, side = dataset_shape(dataset)
+        side = plan.evaluation_side or side
+        model = outline(plan.model, classes=classes, size=(side, side))
+        freeze(model, plan.model.freeze_stages)
+        trained = [p for group in parameter_groups(plan.optimizer, model) for p in group["params"]]
+        assert 0 < len(trained) <= sum(1 for _ in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -181,3 +181,14 @@ def test_auto_needs_validation_images(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     assert flip["tta"]["mode"] == "flip"
     assert np.isfinite(flip["tta"]["loss"])
+
+
+@pytest.mark.parametrize("record", [{"mode": "mirror"}, {"mode": "auto"}, {}, ["flip"], "flip"])
+def test_a_damaged_record_in_train_json_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: object
+) -> None:
+    folder = run(tmp_path, AUGMENT, "evaluate.tta=flip", "train.epochs=1", monkeypatch=monkeypatch)
+    folder.write_train_log({**folder.train_log(), "tta": record})
+    with pytest.raises(NotARunError, match=r"train\.json is damaged: 'tta'"):
+        experiment.score_run(folder.path, data_folder=None, device=CPU, report=lambda _: None)
+    assert (folder.test_log() or {})["test_looks"] == 1

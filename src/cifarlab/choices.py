@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifarlab import machine, numerics, remembered
 from cifarlab.build import make_task
@@ -83,6 +83,7 @@ def _choose_numerics(
         "batch_size": recipe.train.batch,
         "steps": round(math.log2(steps)),  # compilation pays for long runs only
         "compiler": numerics.can_compile(device),
+        "tolerances": [numerics.LOSS_TOLERANCE, numerics.LEAST_COSINE],
     }
     found = None
     with contextlib.suppress(ValueError):  # an entry of another version
@@ -230,6 +231,7 @@ def measured_step(
     task = dataclasses.replace(task, pipelines=((0.0, task.pipelines[-1][1]),))
     if task.network.numerics.compiled and task.network.compiled is None:
         raise RuntimeError("there is nothing in this network that could be compiled")
+    _wake(task.network.model)
     scaler = make_scaler(task)
     optimizer = build_optimizer(recipe.optimizer, task.network.model, scaled=scaler is not None)
     set_mode(task.network.model, recipe.model.freeze_stages, backbone=False)
@@ -266,6 +268,20 @@ def measured_step(
             scaler.update()
 
     return numerics.Step(run, gradients, lambda: fitting_backward.accumulate == recipe.train.accumulate)
+
+
+@torch.no_grad()
+def _wake(model: nn.Module) -> None:
+    """Give matrices of zeros small random values, the same each time.
+
+    A new head on pretrained weights begins at zero. With it, the first step's loss is the same whatever comes before,
+    and so are the gradients there: zero. Neither would tell whether a way of computing is exact enough.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim > 1 and not parameter.any():
+            values = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel())
+            parameter.copy_(values)
 
 
 def _only(prepared: Prepared, order: Tensor) -> Prepared:

@@ -29,7 +29,7 @@ from cifarlab.models.chain import freeze
 from cifarlab.models.weights import Weights, find_weights
 from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, make_recipe
-from cifarlab.recipe_sections import NumericsChoice
+from cifarlab.recipe_sections import NumericsChoice, check_tta
 from cifarlab.rundir import RunFolder
 from cifarlab.train import Display, StopRequest, Task, mark, train
 
@@ -85,7 +85,7 @@ def run_experiment(
     """
     prepared, weights, decided = get_ready(recipe, dataset, device, report)
     recipe = decided.recipe
-    with _explained(recipe):
+    with explained(recipe):
         task = make_task(recipe, prepared, device, weights, report)
         if recipe.caches and task.network.frozen is None:
             report(f"the frozen stages of '{recipe.model.name}' can't be run apart: they are computed at every step")
@@ -116,7 +116,7 @@ def get_ready(
     recipe: Recipe, dataset: Dataset, device: torch.device, report: Report
 ) -> tuple[Prepared, Weights | None, Decided]:
     """What training a resolved recipe takes: data, pretrained weights, and what was left to the machine decided."""
-    with _explained(recipe):
+    with explained(recipe):
         prepared = prepare(dataset, recipe.data, recipe.seed)
         for finding in _findings(prepared):
             report(finding)
@@ -125,7 +125,7 @@ def get_ready(
 
 
 @contextlib.contextmanager
-def _explained(recipe: Recipe) -> Iterator[None]:
+def explained(recipe: Recipe) -> Iterator[None]:
     """What torch says as a plain RuntimeError or ValueError, as RunError.
 
     Memory that runs out, worker processes that die, and BatchNorm's refusal of a batch of one image whose feature maps
@@ -196,7 +196,7 @@ def score_run(
         if (reason := numerics.impossible(device, choice)) is not None:
             report(f"the run's numerics ({choice}) are not to be had here: {reason}; scoring in float32")
             recipe = make_recipe(recipe.to_dict(), ["train.numerics=exact"])
-    with _explained(recipe):
+    with explained(recipe):
         dataset = load(recipe, data_folder, report)
         prepared = prepare(dataset, recipe.data, recipe.seed)
         if prepared.record["content_hash"] != data.get("content_hash"):
@@ -244,7 +244,7 @@ def _score(
         samples = torch.from_numpy(part.index)
         return predict(network, images, samples, pipeline, recipe.evaluate.batch_size, tta=mode, seed=recipe.seed)
 
-    chosen = run.train_log().get("tta") if tta == recipe.evaluate.tta else None
+    chosen = _recorded_tta(run) if tta == recipe.evaluate.tta else None
     if chosen is None and tta is not None:
         if (part := prepared.validation) is not None:
             images = store if part.images is prepared.test.images else make_store(part, recipe, device)
@@ -265,7 +265,7 @@ def _score(
         "test_looks": looks + 1,
         "total_time": before.get("total_time") if process_started is None else time.time() - process_started,
     }
-    if isinstance(chosen, dict):
+    if chosen is not None:
         augmented, seconds = predictions, test_time
         if chosen.get("mode") is not None:
             clock = time.perf_counter()
@@ -291,6 +291,19 @@ def _score(
         title=f"{recipe.name} on {recipe.datasets[0]}: test accuracy {log['accuracy']:.2%}",
     )
     return log
+
+
+def _recorded_tta(run: RunFolder) -> dict[str, Any] | None:
+    """What a run's test-time augmentation was worth on validation, as training found. Raises NotARunError."""
+    found = run.train_log().get("tta")
+    if found is None:
+        return None
+    try:
+        if check_tta(found["mode"]) == "auto":
+            raise ValueError("'auto' is no decision")
+    except (ValueError, TypeError, KeyError) as error:
+        raise NotARunError(f"{run.path / 'train.json'} is damaged: 'tta': {error}") from None
+    return dict(found)
 
 
 def _findings(prepared: Prepared) -> list[str]:

@@ -39,6 +39,14 @@ class LearningRateTest:
     tenth: float | None
 
 
+def check_range(low: float, high: float, steps: int) -> None:
+    """Raises UsageError for a range or a number of steps that can't be."""
+    if not 0 < low < high < math.inf:
+        raise UsageError(f"the learning rate must rise from more than 0: --from {low:g} --to {high:g} does not")
+    if steps < 10:
+        raise UsageError(f"--steps {steps} is too few to see a curve; give at least 10")
+
+
 def learning_rate_test(
     recipe: Recipe, task: Task, *, low: float, high: float, steps: int, progress: Callable[[int, float, float], None]
 ) -> LearningRateTest:
@@ -49,10 +57,7 @@ def learning_rate_test(
     progress: called with each step's number, rate and smoothed loss. Raises UsageError for a range or a number of steps
     that can't be, DivergedError where the loss is not finite from the start.
     """
-    if not 0 < low < high < math.inf:
-        raise UsageError(f"the learning rate must rise from more than 0: --from {low:g} --to {high:g} does not")
-    if steps < 10:
-        raise UsageError(f"--steps {steps} is too few to see a curve; give at least 10")
+    check_range(low, high, steps)
     model = task.network.model
     scaler = make_scaler(task)
     optimizer = build_optimizer(recipe.optimizer, model, scaled=scaler is not None)

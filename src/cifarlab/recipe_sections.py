@@ -28,9 +28,11 @@ class Data(Section):
 
 
 class Augment(Section):
-    """What happens to training images, in this order. Lengths are pixels of the last `train.resolution`; where the
-    resolution grows they shrink with it at the beginning. (TrivialAugment's own are 32 pixels at any size, as its
-    authors and torchvision have it.)"""
+    """What happens to training images, in this order (though what is mirrored has been cropped or shifted before).
+
+    Lengths are pixels of the last `train.resolution`; where the resolution grows they shrink with it at the beginning.
+    (TrivialAugment's own are 32 pixels at any size, as its authors and torchvision have it.)
+    """
 
     flip: Literal["random", "alternating"] | None = Field(
         None,
@@ -128,7 +130,7 @@ class Model(Section):
 
 
 class Loss(Section):
-    label_smoothing: Real = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    label_smoothing: Real = Field(0.0, ge=0, lt=1, description="share of the target spread over all outputs")
     class_weights: Literal["balanced"] | None = Field(
         None, description="balanced: weigh each class by images / (classes x images of the class)"
     )
@@ -279,7 +281,8 @@ class Train(Section):
         return self.resolutions[-1][1]
 
 
-def _check_tta(value: Any) -> Any:
+def check_tta(value: Any) -> Any:
+    """The value, if `evaluate.tta` may have it. Raises ValueError."""
     if value is None or value in ("flip", "crops", "diagonal", "auto") or (type(value) is int and 2 <= value <= 1000):
         return value
     raise ValueError(
@@ -289,7 +292,7 @@ def _check_tta(value: Any) -> Any:
 
 
 class Evaluate(Section):
-    tta: Annotated[Literal["flip", "crops", "diagonal", "auto"] | Integer | None, BeforeValidator(_check_tta)] = Field(
+    tta: Annotated[Literal["flip", "crops", "diagonal", "auto"] | Integer | None, BeforeValidator(check_tta)] = Field(
         None,
         description="test-time augmentation, probabilities averaged: flip (2 views), crops (10), diagonal (6), so many "
         "augmented views, or auto: the best of none, flip and crops on validation",

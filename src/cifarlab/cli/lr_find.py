@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
+from cifarlab.errors import UsageError
 
 
 def lr_find(
@@ -31,18 +32,21 @@ def lr_find(
     machine.prepare()
     from cifarlab import plots
     from cifarlab.build import make_task
-    from cifarlab.experiment import check_plans, get_ready, load
-    from cifarlab.lr_find import learning_rate_test
+    from cifarlab.experiment import check_plans, explained, get_ready, load
+    from cifarlab.lr_find import check_range, learning_rate_test
     from cifarlab.recipe import load_recipe
 
+    check_range(low, high, steps)
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give the picture's name, as in {out / 'lr-find.png'}")
     plan = load_recipe(recipe, set_ or [])
     plan = plan.resolved(dataset=dataset or plan.datasets[0], seed=plan.seed)
     place = machine.choose_device(device)
     check_plans([plan], out.parent, place, say)
     left_open = plan.train.batch_size == "auto"
     prepared, weights, (plan, *_) = get_ready(plan, load(plan, data, say), place, say)
-    task = make_task(plan, prepared, place, weights, say)
-    with make_console().status("learning-rate test") as status:
+    with explained(plan), make_console().status("learning-rate test") as status:
+        task = make_task(plan, prepared, place, weights, say)
         test = learning_rate_test(
             plan,
             task,
@@ -51,7 +55,6 @@ def lr_find(
             steps=steps,
             progress=lambda step, rate, loss: status.update(f"step {step}/{steps}  lr {rate:.2e}  loss {loss:.4f}"),
         )
-    plots.learning_rate_curve(out, test.rates, test.losses, test.steepest, title=f"{plan.name} on {plan.datasets[0]}")
     if test.steepest is None or test.tenth is None:
         say(f"the loss never fell between {low:g} and {test.rates[-1]:g}; try a lower --from, or more --steps")
     else:
@@ -70,4 +73,5 @@ def lr_find(
         command += ["--device", device] if device != "auto" else []
         command += [word for override in [*(set_ or []), *found] for word in ("--set", override)]
         say(f"to use it: {shlex.join(command)}")
+    plots.learning_rate_curve(out, test.rates, test.losses, test.steepest, title=f"{plan.name} on {plan.datasets[0]}")
     say(f"picture: {out}")
