@@ -45,16 +45,17 @@ def lr_find(
     check_plans([plan], out.parent, place, say)
     left_open = plan.train.batch_size == "auto"
     prepared, weights, (plan, *_) = get_ready(plan, load(plan, data, say), place, say)
-    with explained(plan), make_console().status("learning-rate test") as status:
+    with explained(plan):
         task = make_task(plan, prepared, place, weights, say)
-        test = learning_rate_test(
-            plan,
-            task,
-            low=low,
-            high=high,
-            steps=steps,
-            progress=lambda step, rate, loss: status.update(f"step {step}/{steps}  lr {rate:.2e}  loss {loss:.4f}"),
-        )
+        with make_console().status("learning-rate test") as status:
+            test = learning_rate_test(
+                plan,
+                task,
+                low=low,
+                high=high,
+                steps=steps,
+                progress=lambda step, rate, loss: status.update(f"step {step}/{steps}  lr {rate:.2e}  loss {loss:.4f}"),
+            )
     if test.steepest is None or test.tenth is None:
         say(f"the loss never fell between {low:g} and {test.rates[-1]:g}; try a lower --from, or more --steps")
     else:
