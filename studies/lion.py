@@ -5,8 +5,8 @@
 The grid (seed 0) is decided by validation accuracy, its test images left alone; what is far behind on CIFAR-10 is not
 tried on CIFAR-100. The two best settings, the best of each optimizer, and Lion as the report had it run again with the
 seeds 1, 2 and 3, which had no say in the choice; these are tested.
-What is finished is not run again, so the study can be interrupted. About an hour and a half on two cores, with a job on
-each.
+A run whose loss became NaN counts as 0 %. What is finished is not run again, so the study can be interrupted. About two
+hours on two cores, with a job on each.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Setting(NamedTuple):
 REPORTED = Setting("lion", 1e-4, 1e-4)
 GRID = (
     # Adam's decay is part of the gradient, and hardly matters at this size: EX-4's, with higher rates.
-    *(Setting("adam", lr, 1e-4) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    *(Setting("adam", lr, 1e-4) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     # AdamW's and Lion's shrinks the weights by lr x decay a step.
     *(
         Setting("adamw", lr, decay)
-        for lr, decay in ((3e-4, 1e-2), (1e-3, 1e-2), (1e-3, 1e-1), (3e-3, 1e-2), (1e-2, 1e-2))
+        for lr, decay in ((3e-4, 1e-2), (1e-3, 1e-2), (1e-3, 1e-1), (3e-3, 1e-2), (1e-2, 1e-2), (3e-2, 1e-2))
     ),
     REPORTED,
     # From a third to a tenth of EX-4's rate, with as much more decay, and with AdamW's; then higher rates.
@@ -80,25 +80,36 @@ def run(setting: Setting, dataset: str, seed: int, test: bool, arguments: argpar
     command += ["--data", str(arguments.data), "--runs", str(place), "--device", arguments.device]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // arguments.jobs))} if arguments.jobs > 1 else {}
     command += [part for value in overrides for part in ("--set", value)]
-    subprocess.run(command, check=True, env=os.environ | threads, stdout=subprocess.DEVNULL if threads else None)
+    output = subprocess.DEVNULL if threads else None
+    done = subprocess.run(command, env=os.environ | threads, stdout=output, check=False)
     folder = finished(place, test)
     if folder is None:
-        raise SystemExit(f"stopped; the runs so far are in {arguments.runs}")
+        raise SystemExit(done.returncode or f"stopped; the runs so far are in {arguments.runs}")
     return folder
 
 
 def finished(place: Path, test: bool) -> RunFolder | None:
     with contextlib.suppress(NotARunError):  # there is none yet
         for folder in find_runs([place]):
-            if folder.train_log()["status"] == "finished" and (folder.test_log() is not None or not test):
+            tested = folder.train_log()["status"] == "finished" and (folder.test_log() is not None or not test)
+            if tested or diverged(folder):
                 return folder
     return None
+
+
+def diverged(folder: RunFolder) -> bool:
+    log = folder.train_log()
+    return log["status"] == "failed" and "NaN" in log["error"]
+
+
+def score(folder: RunFolder) -> float:
+    return 0.0 if diverged(folder) else folder.train_log()["best_val_accuracy"]
 
 
 def row(name: str, folders: list[RunFolder]) -> str:
     """A line of a Markdown table: validation and test accuracy, training time, as mean ± std of some runs."""
     logs = [folder.train_log() for folder in folders]
-    cells = [name, percent(Figure.of([log["best_val_accuracy"] for log in logs]))]
+    cells = [name, percent(Figure.of([score(folder) for folder in folders]))]
     tests = [log["accuracy"] for folder in folders if (log := folder.test_log()) is not None]
     if tests:
         cells.append(percent(Figure.of(tests)))
@@ -134,7 +145,7 @@ def study(
     print(f"\n{dataset}, seed 0\n")
     for setting, folder in grid.items():
         print(row(str(setting), [folder]), flush=True)
-    scores = {setting: grid[setting].train_log()["best_val_accuracy"] for setting in settings}
+    scores = {setting: score(grid[setting]) for setting in settings}
     ranked = sorted(settings, key=lambda setting: scores[setting], reverse=True)
     best_of_each = {setting.optimizer: setting for setting in reversed(ranked)}
     chosen = list(dict.fromkeys([*ranked[:2], *best_of_each.values(), REPORTED]))
