@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from cifarlab import choices, machine, remembered, train
+from cifarlab import choices, machine, numerics, remembered, train
 from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError, RunError
 from cifarlab.models import build_model
 from cifarlab.models.chain import head_parameters
 from cifarlab.models.weights import find_weights
-from cifarlab.numerics import Step
+from cifarlab.numerics import Step, Trial
 from cifarlab.recipe import load_recipe, make_recipe
+from cifarlab.recipe_sections import NumericsChoice
 from short_runs import CPU, SMALL, make_dataset, run
 
 SATURATES = {32: 100.0, 64: 180.0, 128: 250.0, 256: 258.0, 512: 260.0, 1024: 261.0}
@@ -164,6 +165,37 @@ def test_a_batch_size_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     second = choices.decide(plan.resolved(dataset="digits", seed=1), prepared, CPU, None, lambda _: None)
     assert second.batch_sizes is None
     assert second.recipe.train == first.recipe.train and second.recipe.optimizer == first.recipe.optimizer
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "parts", "probed"),
+    [("cpu", 2000, 1, (256, 1)), ("cpu", 1000, 2, (256, 1)), ("cpu", 400, 2, (400, 2)), ("cuda", 2000, 1, (2000, 1))],
+)
+def test_a_large_batch_is_measured_by_a_small_one_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, batch: int, parts: int, probed: tuple[int, int]
+) -> None:
+    """What is chosen is for as many images as the run has."""
+    settings = [f"train={{batch_size: {batch}, accumulate: {parts}, epochs: 100}}"]
+    plan = load_recipe("ex1", settings).resolved(dataset="digits", seed=0)
+    prepared = prepare(make_dataset(), plan.data, 0)
+    seen: dict[str, Any] = {}
+
+    def measure(device: torch.device, make_step: Any, *, steps: int, **_: Any) -> Any:
+        make_step(NumericsChoice())
+        seen["steps"] = steps
+        return NumericsChoice(), [Trial(NumericsChoice())]
+
+    def measured_step(recipe: Any, *_: Any) -> None:
+        seen["probed"] = recipe.train.batch, recipe.train.accumulate
+
+    monkeypatch.setattr(numerics, "measure", measure)
+    monkeypatch.setattr(numerics, "can_compile", lambda _: False)
+    monkeypatch.setattr(machine, "identity", lambda _: {})
+    monkeypatch.setattr(choices, "measured_step", measured_step)
+    chosen, _ = choices._choose_numerics(plan, prepared, torch.device(device), None, lambda _: None)
+    assert chosen == plan.with_train(numerics=NumericsChoice())
+    assert seen["probed"] == probed
+    assert seen["steps"] * probed[0] == pytest.approx(100 * batch, rel=0.01)  # an epoch is one batch here
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:

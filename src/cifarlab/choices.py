@@ -31,6 +31,8 @@ from cifarlab.train import Backward, apply_gradients, make_batch, make_scaler
 SMALLEST_BATCH, REFERENCE_BATCH = 32, 128
 # A batch size must be so much faster to be worth its fewer steps; and an epoch has at least so many.
 GAIN, STEPS_AT_LEAST = 1.05, 20
+# On a CPU a step on so many images tells as much as one on thousands, which would take seconds.
+PROBE_IMAGES = 256
 # So often may fp16's loss scale be halved before a step counts, from 65,536 on.
 SCALES = 24
 # A batch size is tried only where this share of the free memory suffices for what it needs more.
@@ -91,12 +93,13 @@ def _choose_numerics(
     if found is not None and numerics.impossible(device, found) is None:
         report(f"numerics: {found} (measured here before)")
         return recipe.with_train(numerics=found), None
-    report("choosing numerics: timing a few steps in each sensible way")
+    probe = _probe(recipe, device)
+    report(f"choosing numerics: timing a few steps of {probe.train.batch:,} images in each sensible way")
     choice, trials = numerics.measure(
         device,
-        lambda choice: measured_step(recipe.with_train(numerics=choice), prepared, device, weights),
-        steps=steps,
-        compilations=len(recipe.train.resolutions),
+        lambda choice: measured_step(probe.with_train(numerics=choice), prepared, device, weights),
+        steps=math.ceil(steps * recipe.train.batch / probe.train.batch),
+        compilations=len(recipe.train.resolutions) + len(recipe.model.freeze_late or ()),
         frozen=recipe.model.freeze_stages > 0 and not recipe.caches,
     )
     for trial in trials:
@@ -105,6 +108,13 @@ def _choose_numerics(
     if trials[0].refused is None:  # else nothing was measured, and the run will say why
         remembered.remember(key, choice.model_dump())
     return recipe.with_train(numerics=choice), [trial.record() for trial in trials]
+
+
+def _probe(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with a smaller batch, where that is enough to tell which way of computing is the fastest."""
+    if device.type != "cpu" or math.ceil(recipe.train.batch / recipe.train.accumulate) <= PROBE_IMAGES:
+        return recipe
+    return recipe.with_train(batch_size=PROBE_IMAGES, accumulate=1)
 
 
 def _key(recipe: Recipe, prepared: Prepared, device: torch.device) -> dict[str, Any]:
