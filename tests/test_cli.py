@@ -65,6 +65,7 @@ def pictures(tmp_path: Path) -> Path:
             "can't see 128x128 and 64x64; give train.resolution and evaluate.resolution one side",
         ),
         (["run", "ex1", "--data", "/nowhere", "--set", "model.freeze_stages=9"], 2, "model.freeze_stages is 9"),
+        (["run", "ex1", "--data", "/nowhere", "--set", "model.freeze_late=[[0.5, 9]]"], 2, "model.freeze_late is 9"),
         (["run", "ex1", "--data", "/nowhere", "--set", "augment.translate=32"], 2, "augment.translate 32 moves"),
         (
             [

@@ -105,6 +105,7 @@ def test_an_override_arrives_as_what_it_is(override: str, path: str, expected: o
         (["data.validation=0", "train.early_stopping=3"], "train.early_stopping goes by validation accuracy"),
         (["data.validation=0", "evaluate.tta=auto"], "evaluate.tta 'auto' goes by validation accuracy"),
         (["augment={views: 3}", "evaluate.tta=5"], "evaluate.tta 5 averages augmented views"),
+        (["model.freeze_stages=2", "model.freeze_late=[[0.5, 2]]"], "freeze_late begins with 2 stages"),
         (["model.freeze_stages=2", "loss.mixup=0.2"], "set model.cache to null, or mixup and cutmix to 0"),
     ],
 )
@@ -197,6 +198,10 @@ def test_a_new_optimizer_or_schedule_keeps_what_it_knows_and_drops_the_rest() ->
         ("evaluate.tta=1", "evaluate.tta: expected flip, crops, diagonal, auto"),
         ("augment={translate: 2, crop_padding: 4}", "augment: crop_padding and translate both shift the image"),
         ("augment={flip: alternating, views: 3}", "augment: views 3 is odd"),
+        ("model.freeze_late=3", "model.freeze_late: expected pairs of a share of the run (more than 0, less than 1)"),
+        ("model.freeze_late=[[0.8, 0]]", "model.freeze_late: expected pairs of a share"),
+        ("model.freeze_late=[[0.8, 1], [0.9, 1]]", "model.freeze_late: shares and stages must rise from pair to pair"),
+        ("model.freeze_late=[[0.8, 2], [0.7, 3]]", "model.freeze_late: shares and stages must rise from pair to pair"),
         ("model.freeze_backbone=1", "model.freeze_backbone: expected a length such as {epochs: 1}"),
         ("model.pretrained=1", "model.pretrained: expected true, false or the path of a .safetensors"),
         ("loss.mixup=1e9", "loss.mixup: expected less than or equal to 100"),

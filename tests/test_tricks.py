@@ -275,6 +275,23 @@ def test_frozen_stages_never_change(cache: str, tmp_path: Path, monkeypatch: pyt
     assert len(still) == 7 and changed(fresh, end) == set(fresh) - still
 
 
+def test_stages_freeze_late_and_nothing_is_different_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six steps: from the third on conv1, from the fifth on conv2 as well, with their BatchNorms' statistics."""
+    settings = ["train.epochs=1", "train.ema=0.9", *EVERY_STEP]
+    late = "model.freeze_late=[[0.3, 1], [0.6, 2]]"
+    free, folder = (
+        run(tmp_path / late, *settings, late, monkeypatch=monkeypatch) for late in ("model.freeze_late=null", late)
+    )
+    expected, found = ([state["model"] for state in states(run)] for run in (free, folder))
+    every, first, both = set(found[0]), ("conv1.", "bn1."), ("conv1.", "bn1.", "conv2.", "bn2.")
+    frozen = [(), (), first, first, both, both]
+    assert len(found) == 6
+    assert [changed(*pair) for pair in itertools.pairwise(found)] == [
+        {name for name in every if not name.startswith(now)} if now else every for now in frozen[1:]
+    ]
+    assert not changed(expected[1], found[1]) and changed(expected[2], found[2])
+
+
 VIEWS = [
     "augment={crop_padding: 2, flip: random, views: 2}",
     "model.freeze_stages=2",

@@ -24,10 +24,10 @@ from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import mix
 from cifarlab.errors import DivergedError, RunError
-from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict
+from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.features import CacheKey
 from cifarlab.models import parameter_count
-from cifarlab.models.chain import freeze_backbone, set_mode
+from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
@@ -215,7 +215,7 @@ def train(
     """
     network, section, schedule = task.network, recipe.train, recipe.schedule
     model = network.model
-    stages = recipe.model.freeze_stages
+    stages = recipe.model.freeze_stages  # that train no more
     average = task.average
     scaler = make_scaler(task)
     optimizer = build_optimizer(recipe.optimizer, model, scaled=scaler is not None)
@@ -352,6 +352,10 @@ def train(
             if step == thaw_step > 0:
                 freeze_backbone(model, stages, frozen=False)
                 set_mode(model, stages, backbone=False)
+            if (more := recipe.model.frozen_stages(step / total_steps)) > stages:
+                stages = more
+                freeze(model, stages)
+                set_mode(model, stages, backbone=step < thaw_step)
             batch = next(batches)
             values = schedule_values(
                 schedule,
@@ -409,7 +413,14 @@ def train(
         log["overfitting_gap"] = sample.accuracy() - validation.accuracy()
         if recipe.evaluate.tta is not None:
             log["tta"] = choose_tta(
-                recipe.evaluate.tta, validation, lambda mode: validate(network, task, recipe, tta=mode)
+                recipe.evaluate.tta,
+                validation,
+                lambda mode: with_tta(
+                    validation,
+                    mode,
+                    recipe.evaluate.tta_below,
+                    lambda samples, mode: validate(network, task, recipe, samples, mode),
+                ),
             )
     write_log("finished")
 
@@ -586,14 +597,16 @@ def total_weight(batch: TrainingBatch, class_weights: Tensor | None) -> Tensor |
     return (batch.share * own + (1 - batch.share) * class_weights[batch.partners]).sum()
 
 
-def validate(network: Classifier, task: Task, recipe: Recipe, tta: Tta = None) -> Predictions:
-    """Predictions of the validation images, of which there are some."""
+def validate(
+    network: Classifier, task: Task, recipe: Recipe, samples: Tensor | None = None, tta: Tta = None
+) -> Predictions:
+    """Predictions of the validation images, of which there are some; or of those among them at `samples`."""
     assert task.validation_store is not None
     assert task.validation is not None
     return predict(
         network,
         task.validation_store,
-        task.validation,
+        samples if samples is not None else task.validation,
         task.pipeline,
         recipe.evaluate.batch_size,
         tta=tta,

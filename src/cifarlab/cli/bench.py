@@ -68,7 +68,8 @@ def bench(
     if count < batch:
         raise UsageError(f"{count} training images are no whole batch of {batch}; --set train.batch_size={count}")
     # Whole batches of one kind, as the ceiling has them: at the last resolution, everything training.
-    alike = [f"data.limit={count // batch * batch}", "model.freeze_backbone=null", "model.cache=null"]
+    alike = [f"data.limit={count // batch * batch}", "model.cache=null"]
+    alike += [f"model.{field}=null" for field in ("freeze_backbone", "freeze_late")]
     if plan.train.last_resolution is not None:
         alike.append(f"train.resolution={plan.train.last_resolution}")
     plan = make_recipe(plan.to_dict(), [*_LONG, *alike])

@@ -288,12 +288,12 @@ def _owners(model: nn.Module, modules: list[nn.Module]) -> dict[str, int]:
 # --- freezing ---------------------------------------------------------------------------------
 
 
-def freeze(model: nn.Module, stages: int) -> None:
-    """Let the parameters of the first `stages` stages never train.
+def freeze(model: nn.Module, stages: int, field: str = "model.freeze_stages") -> None:
+    """Let the parameters of the first `stages` stages train no more, for good.
 
-    Raises RecipeError, naming model.freeze_stages, where the network has not that many, or none that are known.
+    Raises RecipeError, naming `field`, where the network has not that many, or none that are known.
     """
-    frozen = _names_in_front(model, stages)
+    frozen = _names_in_front(model, stages, field)
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
@@ -337,20 +337,20 @@ def set_mode(model: nn.Module, stages: int, backbone: bool) -> None:
             module.eval()
 
 
-def _names_in_front(model: nn.Module, stages: int) -> set[str]:
+def _names_in_front(model: nn.Module, stages: int, field: str = "model.freeze_stages") -> set[str]:
     """The names of parameters and buffers of the first `stages` stages. Raises RecipeError, as `freeze` does."""
     if not stages:
         return set()
     ids = stage_ids(model)
     if ids is None:
         raise RecipeError(
-            f"model.freeze_stages needs a network whose stages are known, which those of {type(model).__name__} are "
-            "not; set it to 0; model.freeze_backbone works with any network"
+            f"{field} needs a network whose stages are known, which those of {type(model).__name__} are "
+            "not; leave it out; model.freeze_backbone works with any network"
         )
     last = max(ids.values())
     if stages > last:
         raise RecipeError(
-            f"model.freeze_stages is {stages}, but this network has {last + 1} stages, and its head can't be frozen: "
+            f"{field} is {stages}, but this network has {last + 1} stages, and its head can't be frozen: "
             f"{', '.join(_stage_names(model, ids))}; set it to {last} or less"
         )
     return {name for name, number in ids.items() if number < stages}
