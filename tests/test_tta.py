@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from cifarlab import build, experiment
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.errors import NotARunError, RecipeError
-from cifarlab.evaluate import Predictions, Tta, choose_tta, predict
+from cifarlab.evaluate import Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.models import build_model
 from cifarlab.rundir import RunFolder
 from cifarlab.seeds import derive_seed
@@ -118,6 +118,38 @@ def test_augmented_views_are_drawn_one_by_one_and_their_probabilities_averaged()
             views.append(task.network.model.eval()(task.pipeline.train(pixels, task.validation, draws)).softmax(1))
     assert not torch.allclose(views[0], views[1])
     torch.testing.assert_close(got.logits.exp(), torch.stack(views).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_only_unsure_images_are_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those below the bound get what all would get, the others stay; as a run does it."""
+    noisy = make_dataset(noise=0.3)
+    folder = run(tmp_path, AUGMENT, "evaluate.tta=flip", dataset=noisy, monkeypatch=monkeypatch)
+    log = folder.test_log()
+    assert log is not None
+    model, data = trained(folder)
+    pixels = normalised(data.test.images.pixels, data)
+    with torch.no_grad():
+        views = torch.stack([model(pixels), model(pixels.flip(3))]).softmax(2)
+    sure = views[0].amax(1)
+    below = sure.median().item() + 1e-6
+    expected = torch.where((sure < below)[:, None], views.mean(0), views[0])
+    assert not torch.allclose(expected, views[0]) and not torch.allclose(expected, views.mean(0))
+    loss = F.nll_loss(expected.log(), torch.from_numpy(data.test.labels)).item()
+    settings = [AUGMENT, "evaluate.tta=flip", f"evaluate.tta_below={below}"]
+    found = run(tmp_path / "unsure", *settings, dataset=noisy, monkeypatch=monkeypatch).test_log()
+    assert found is not None
+    assert found["tta"]["loss"] == pytest.approx(loss, rel=1e-4) != log["tta"]["loss"]
+
+
+def test_where_all_are_sure_nothing_is_looked_at_again() -> None:
+    plain = Predictions(torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 1]), torch.tensor([4, 2]))
+
+    def nobody(samples: Tensor, mode: Tta) -> Predictions:
+        raise AssertionError(samples)
+
+    got = with_tta(plain, "flip", 0.9, nobody)
+    torch.testing.assert_close(got.logits, F.log_softmax(plain.logits, 1))
+    assert with_tta(plain, None, 0.99, nobody) is plain
 
 
 def test_frozen_stages_see_each_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

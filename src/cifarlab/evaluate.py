@@ -173,6 +173,25 @@ def _log_mean_probability(outputs: list[Tensor], weights: list[float]) -> Tensor
     return torch.logsumexp(log_probabilities, 0) - math.log(sum(weights))
 
 
+def with_tta(
+    plain: Predictions, mode: Tta, below: float | None, look: Callable[[Tensor, Tta], Predictions]
+) -> Predictions:
+    """Predictions with test-time augmentation, where it is asked for, from those without.
+
+    below: only of images whose most likely class has less than this probability; None: of all. look: of the images at
+    some samples, with a mode. Logits are logarithms of probabilities.
+    """
+    if mode is None:
+        return plain
+    if below is None:
+        return look(plain.samples, mode)
+    log_probabilities = F.log_softmax(plain.logits, 1)
+    unsure = log_probabilities.amax(1) < math.log(below)
+    if unsure.any():
+        log_probabilities[unsure] = look(plain.samples[unsure], mode).logits
+    return Predictions(log_probabilities, plain.labels, plain.samples)
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for all of a model, then for each part the mode it had: frozen parts stay in evaluation mode."""

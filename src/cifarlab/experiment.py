@@ -9,21 +9,23 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from cifarlab import __version__, files, machine, metrics, numerics, plots
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
 from cifarlab.choices import Decided, decide
 from cifarlab.data.batches import ImageStore, reader_died
 from cifarlab.data.dataset import Dataset
-from cifarlab.data.prepare import Part, Prepared, prepare
+from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
 from cifarlab.download import Report
 from cifarlab.errors import NotARunError, RecipeError, RunError
-from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict
+from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.models import outline
 from cifarlab.models.chain import freeze
 from cifarlab.models.weights import Weights, find_weights
@@ -52,6 +54,8 @@ def check_plans(plans: Sequence[Recipe], runs: Path, device: torch.device, repor
         size, *more = ((side or own_side, side or own_side) for side in (plan.evaluation_side, *plan.sides))
         model = outline(plan.model, classes=classes, size=size, more=more)
         freeze(model, plan.model.freeze_stages)
+        for _, stages in plan.model.freeze_late or ():
+            freeze(model, stages, "model.freeze_late")
         parameter_groups(plan.optimizer, model)
         for side in plan.sides:
             make_pipeline(plan, side, (own_side, own_side), (0, 0, 0), (1, 1, 1), torch.device("cpu"))
@@ -240,20 +244,23 @@ def _score(
     if not isinstance(looks, int):
         raise NotARunError(f"{run.path / 'test.json'} is damaged: 'test_looks' is not a number")
 
-    def look(part: Part, images: ImageStore, mode: Tta) -> Predictions:
-        samples = torch.from_numpy(part.index)
+    def look(images: ImageStore, samples: Tensor, mode: Tta) -> Predictions:
         return predict(network, images, samples, pipeline, recipe.evaluate.batch_size, tta=mode, seed=recipe.seed)
+
+    def look_again(images: ImageStore, plain: Predictions, mode: Tta) -> Predictions:
+        return with_tta(plain, mode, recipe.evaluate.tta_below, partial(look, images))
 
     chosen = _recorded_tta(run) if tta == recipe.evaluate.tta else None
     if chosen is None and tta is not None:
         if (part := prepared.validation) is not None:
             images = store if part.images is prepared.test.images else make_store(part, recipe, device)
-            chosen = choose_tta(tta, look(part, images, None), lambda mode: look(part, images, mode))
+            plain = look(images, torch.from_numpy(part.index), None)
+            chosen = choose_tta(tta, plain, partial(look_again, images, plain))
         else:
             chosen = {"mode": tta}  # not "auto", which recipes without validation images refuse
 
     clock = time.perf_counter()
-    predictions = look(prepared.test, store, None)
+    predictions = look(store, torch.from_numpy(prepared.test.index), None)
     machine.synchronize(device)
     test_time = time.perf_counter() - clock
     arrays = predictions.arrays()
@@ -269,7 +276,7 @@ def _score(
         augmented, seconds = predictions, test_time
         if chosen.get("mode") is not None:
             clock = time.perf_counter()
-            augmented = look(prepared.test, store, chosen["mode"])
+            augmented = look_again(store, predictions, chosen["mode"])
             machine.synchronize(device)
             seconds = time.perf_counter() - clock
         log["tta"] = {

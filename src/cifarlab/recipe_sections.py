@@ -91,6 +91,36 @@ class Augment(Section):
         return self
 
 
+def _check_freeze_late(value: Any) -> Any:
+    """Our own sentence for what is not a progression of stages."""
+    if value is None:
+        return value
+    pairs = value if isinstance(value, list | tuple) else [value]
+    good = [
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and type(pair[0]) in (int, float)
+        and 0 < pair[0] < 1
+        and type(pair[1]) is int
+        and pair[1] >= 1
+        for pair in pairs
+    ]
+    if not pairs or not all(good):
+        raise ValueError(
+            "expected pairs of a share of the run (more than 0, less than 1) and so many stages, as in [[0.8, 3]], "
+            f"not {value!r}"
+        )
+    for column in zip(*pairs, strict=True):
+        if list(column) != sorted(set(column)):
+            raise ValueError(
+                f"shares and stages must rise from pair to pair, as in [[0.6, 1], [0.8, 3]], not {value!r}"
+            )
+    return tuple((float(share), stages) for share, stages in pairs)
+
+
+Progression = tuple[tuple[Real, Integer], ...]
+
+
 def _check_pretrained(value: Any) -> Any:
     if isinstance(value, bool) or (isinstance(value, str) and value.endswith((".safetensors", ".pth", ".pt"))):
         return value
@@ -114,6 +144,10 @@ class Model(Section):
         description="channels of the groups of the network 'racing'; null: 64, 256, 256",
     )
     freeze_stages: Integer = Field(0, ge=0, description="so many stages, from the input on, never train")
+    freeze_late: Annotated[Progression | None, BeforeValidator(_check_freeze_late)] = Field(
+        None,
+        description="[[0.8, 3]]: from 80 % of the run on the first 3 stages train no more, and need no backward",
+    )
     freeze_backbone: Duration | None = Field(None, description="train only the head for this long")
     whitening_bias: Duration | None = Field(
         None,
@@ -127,6 +161,20 @@ class Model(Section):
     cache_memory: Integer | None = Field(
         None, ge=1, description="MB that the cache may take; what doesn't fit is computed anew; null: half the free"
     )
+
+    @model_validator(mode="after")
+    def _late_is_more(self) -> Model:
+        if self.freeze_late is not None and self.freeze_late[0][1] <= self.freeze_stages:
+            raise ValueError(
+                f"freeze_late begins with {self.freeze_late[0][1]} stages, and freeze_stages has frozen "
+                f"{self.freeze_stages} from the beginning; give it more"
+            )
+        return self
+
+    def frozen_stages(self, share: float) -> int:
+        """How many stages don't train once that share of the run is done."""
+        late = (stages for since, stages in self.freeze_late or () if share >= since)
+        return max(self.freeze_stages, *late, 0)
 
 
 class Loss(Section):
@@ -217,9 +265,6 @@ def _check_batch_size(value: Any) -> Any:
     raise ValueError(f"expected a number of images from 1 on, or auto, not {value!r}")
 
 
-Progression = tuple[tuple[Real, Integer], ...]
-
-
 class Train(Section):
     epochs: Annotated[Integer | Real, AfterValidator(_whole)] = Field(
         gt=0, description="passes over the training images"
@@ -296,6 +341,12 @@ class Evaluate(Section):
         None,
         description="test-time augmentation, probabilities averaged: flip (2 views), crops (10), diagonal (6), so many "
         "augmented views, or auto: the best of none, flip and crops on validation",
+    )
+    tta_below: Real | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="only for images whose most likely class has less than this probability; null: for all",
     )
     resolution: Integer | None = Field(
         None, ge=1, le=MAX_SIDE, description="side of images in evaluation; null: the last of train.resolution"
