@@ -12,17 +12,9 @@ hours on two cores, with a job on each.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-from cifarlab.compare import Figure, percent, seconds
-from cifarlab.errors import NotARunError
-from cifarlab.rundir import RunFolder, find_runs
+from study import Plan, Study, add_arguments, add_jobs, row, score
 
 DATASETS = ("cifar10", "cifar100")
 SEEDS = (1, 2, 3)
@@ -70,78 +62,24 @@ GRID = (
 )
 
 
-def run(setting: Setting, dataset: str, seed: int, test: bool, arguments: argparse.Namespace) -> RunFolder:
-    """A finished run's folder: the one that is there, or a new one."""
-    place = arguments.runs / dataset / str(setting).replace(" ", "_") / str(seed)
-    if (folder := finished(place, test)) is not None:
-        return folder
-    overrides = [*COMMON, *setting.overrides(), f"evaluate.test={str(test).lower()}"]
-    command = [sys.executable, "-m", "cifarlab", "run", "ex4-lite0", "--dataset", dataset, "--seed", str(seed)]
-    command += ["--data", str(arguments.data), "--runs", str(place), "--device", arguments.device]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // arguments.jobs))} if arguments.jobs > 1 else {}
-    command += [part for value in overrides for part in ("--set", value)]
-    output = subprocess.DEVNULL if threads else None
-    done = subprocess.run(command, env=os.environ | threads, stdout=output, check=False)
-    folder = finished(place, test)
-    if folder is None:
-        raise SystemExit(done.returncode or f"stopped; the runs so far are in {arguments.runs}")
-    return folder
-
-
-def finished(place: Path, test: bool) -> RunFolder | None:
-    with contextlib.suppress(NotARunError):  # there is none yet
-        for folder in find_runs([place]):
-            tested = folder.train_log()["status"] == "finished" and (folder.test_log() is not None or not test)
-            if tested or diverged(folder):
-                return folder
-    return None
-
-
-def diverged(folder: RunFolder) -> bool:
-    log = folder.train_log()
-    return log["status"] == "failed" and "NaN" in log["error"]
-
-
-def score(folder: RunFolder) -> float:
-    return 0.0 if diverged(folder) else folder.train_log()["best_val_accuracy"]
-
-
-def row(name: str, folders: list[RunFolder]) -> str:
-    """A line of a Markdown table: validation and test accuracy, training time, as mean ± std of some runs."""
-    logs = [folder.train_log() for folder in folders]
-    cells = [name, percent(Figure.of([score(folder) for folder in folders]))]
-    tests = [log["accuracy"] for folder in folders if (log := folder.test_log()) is not None]
-    if tests:
-        cells.append(percent(Figure.of(tests)))
-    return "| " + " | ".join([*cells, seconds(Figure.of([log["train_time"] for log in logs]))]) + " |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-10 and CIFAR-100")
-    parser.add_argument("--runs", type=Path, default=Path("runs/lion"), help="where the runs are, or go")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
-    parser.add_argument("--device", default="auto")
+    add_arguments(parser, "runs/lion")
+    add_jobs(parser)
     arguments = parser.parse_args()
-    pool = ThreadPoolExecutor(arguments.jobs)  # threads that wait for processes
-    try:
-        settings = list(GRID)
-        for dataset in DATASETS:
-            settings = study(dataset, settings, pool, arguments)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    study = Study(arguments.data, arguments.runs, arguments.jobs, arguments.device)
+    settings = list(GRID)
+    for dataset in DATASETS:
+        settings = compare(dataset, settings, study)
 
 
-def study(
-    dataset: str, settings: list[Setting], pool: ThreadPoolExecutor, arguments: argparse.Namespace
-) -> list[Setting]:
+def compare(dataset: str, settings: list[Setting], study: Study) -> list[Setting]:
     """The grid and the fresh seeds of one dataset, and their tables. Returns the settings that are not far behind."""
 
-    def run_all(pairs: list[tuple[Setting, int]], test: bool) -> dict[tuple[Setting, int], RunFolder]:
-        folders = pool.map(lambda pair: run(pair[0], dataset, pair[1], test, arguments), pairs)
-        return dict(zip(pairs, folders, strict=True))
+    def plan(setting: Setting, seed: int, test: bool) -> Plan:
+        return Plan(str(setting), "ex4-lite0", dataset, seed, (*COMMON, *setting.overrides()), test)
 
-    grid = {setting: folder for (setting, _), folder in run_all([(setting, 0) for setting in settings], False).items()}
+    grid = dict(zip(settings, study.run_all([plan(one, 0, False) for one in settings]), strict=True))
     print(f"\n{dataset}, seed 0\n")
     for setting, folder in grid.items():
         print(row(str(setting), [folder]), flush=True)
@@ -149,10 +87,10 @@ def study(
     ranked = sorted(settings, key=lambda setting: scores[setting], reverse=True)
     best_of_each = {setting.optimizer: setting for setting in reversed(ranked)}
     chosen = list(dict.fromkeys([*ranked[:2], *best_of_each.values(), REPORTED]))
-    finals = run_all([(setting, seed) for setting in chosen for seed in SEEDS], True)
+    finals = study.run_all([plan(setting, seed, True) for setting in chosen for seed in SEEDS])
     print(f"\n{dataset}, seeds {SEEDS}\n")
-    for setting in chosen:
-        print(row(str(setting), [finals[setting, seed] for seed in SEEDS]), flush=True)
+    for number, setting in enumerate(chosen):
+        print(row(str(setting), finals[number * len(SEEDS) : (number + 1) * len(SEEDS)]), flush=True)
     return [one for one in settings if one == REPORTED or scores[one] >= scores[best_of_each[one.optimizer]] - FAR]
 
 

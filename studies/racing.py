@@ -1,0 +1,132 @@
+"""What makes a short run good, and how fast the fast recipes are. For docs/speed.md and RESULTS.md.
+
+    python studies/racing.py try fast94 --data DIR --seeds 3 --jobs 2
+    python studies/racing.py race airbench94 fast94 fast90 --data DIR --seeds 3
+
+`try` leaves out (or puts in) one ingredient of a recipe at a time and looks at validation images alone: 5,000 of the
+training images, drawn by the seed; accuracy with the recipe's test-time augmentation; differences paired by seed. Times
+are comparable with one job only. `race` trains on all 50,000 and scores the test set: the recipes take turns, seed by
+seed, nothing beside them, and each run begins cold, as on a new machine, so that `total_time` counts start, probing,
+compilation and test-time augmentation.
+What is finished is not run again, so both can be interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+from cifarlab.compare import Figure, percent, seconds
+from cifarlab.recipe import load_recipe
+from cifarlab.rundir import RunFolder
+from study import Plan, Study, add_arguments, add_jobs, line
+
+# Leave-one-out, recipe by recipe: what each ingredient is replaced by.
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True)
+    trying = modes.add_parser("try", help="variants of a recipe, on validation images")
+    trying.add_argument("recipe", choices=sorted(VARIANTS))
+    trying.add_argument("--only", nargs="*", default=[], help="of the variants; the recipe itself is always run")
+    trying.add_argument(
+        "--set", dest="overrides", nargs="*", default=[], help="for all of them, such as train.epochs=4"
+    )
+    add_jobs(trying)
+    racing = modes.add_parser("race", help="recipes beside each other, on the test images")
+    racing.add_argument("recipes", nargs="+")
+    racing.add_argument("--warm", action="store_true", help="keep what was measured and compiled by earlier runs")
+    for each in (trying, racing):
+        add_arguments(each, f"runs/racing-{each.prog.split()[-1]}")
+        each.add_argument("--seeds", type=int, default=3, help="so many, from 0 on")
+    arguments = parser.parse_args()
+    seeds = range(arguments.seeds)
+    if arguments.mode == "try":
+        study = Study(arguments.data, arguments.runs, arguments.jobs, arguments.device)
+        variants = VARIANTS[arguments.recipe]
+        names = [name for name in variants if not arguments.only or name in arguments.only]
+        try_variants(arguments.recipe, {name: variants[name] for name in names}, arguments.overrides, seeds, study)
+    else:
+        race(arguments.recipes, seeds, Study(arguments.data, arguments.runs, 1, arguments.device, not arguments.warm))
+
+
+def try_variants(
+    recipe: str, variants: dict[str, tuple[str, ...]], overrides: list[str], seeds: range, study: Study
+) -> None:
+    dataset = load_recipe(recipe).datasets[0]
+    common = ("data.validation=0.1", *overrides)
+    every = {"as it is": (), **variants}
+    plans = [
+        Plan(f"{recipe}/{name}", recipe, dataset, seed, (*common, *changes), False)
+        for seed in seeds
+        for name, changes in every.items()
+    ]
+    folders = study.run_all(plans)
+    found = {name: folders[number :: len(every)] for number, name in enumerate(every)}
+    base = [_validation(folder) for folder in found["as it is"]]
+    print(line("variant", "validation accuracy", "difference", "PFLOP", "training time"))
+    for name, runs in found.items():
+        accuracies = [_validation(folder) for folder in runs]
+        paired = [(one - other) * 100 for one, other in zip(accuracies, base, strict=True)]
+        spread = f" ± {statistics.stdev(paired):.2f}" if len(paired) > 1 else ""
+        difference = "" if name == "as it is" else f"{statistics.fmean(paired):+.2f}{spread}"
+        logs = [folder.train_log() for folder in runs]
+        work = logs[0].get("flops")
+        times = seconds(Figure.of([log["train_time"] for log in logs]))
+        print(line(name, percent(Figure.of(accuracies)), difference, f"{work / 1e15:.3f}" if work else "", times))
+
+
+def race(recipes: list[str], seeds: range, study: Study) -> None:
+    plans = [
+        Plan(recipe, recipe, load_recipe(recipe).datasets[0], seed, ("data.validation=0",), True)
+        for seed in seeds
+        for recipe in recipes
+    ]
+    folders = study.run_all(plans)
+    print(
+        line(
+            "recipe", "test accuracy", "n", "total time", "training time", "images/s", "GFLOP/s", "total time / first's"
+        )
+    )
+    first = [_total(folder) for folder in folders[:: len(recipes)]]
+    for number, recipe in enumerate(recipes):
+        runs = folders[number :: len(recipes)]
+        logs = [folder.train_log() for folder in runs]
+        ratios = [_total(folder) / other for folder, other in zip(runs, first, strict=True)]
+        rates = [log.get("flops_per_second") for log in logs]
+        print(
+            line(
+                recipe,
+                percent(Figure.of([_test(folder) for folder in runs])),
+                str(len(runs)),
+                seconds(Figure.of([_total(folder) for folder in runs])),
+                seconds(Figure.of([log["train_time"] for log in logs])),
+                f"{statistics.fmean(log['images_per_second'] for log in logs):,.0f}",
+                f"{statistics.fmean(rate / 1e9 for rate in rates if rate):,.0f}" if all(rates) else "",
+                f"{statistics.fmean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            )
+        )
+
+
+def _validation(folder: RunFolder) -> float:
+    """Accuracy with the recipe's test-time augmentation, where it has one."""
+    log = folder.train_log()
+    return float(log["tta"]["val_accuracy"] if log["tta"] else log["best_val_accuracy"])
+
+
+def _test(folder: RunFolder) -> float:
+    log = folder.test_log()
+    assert log is not None
+    return float(log["tta"]["accuracy"] if log["tta"] else log["accuracy"])
+
+
+def _total(folder: RunFolder) -> float:
+    log = folder.test_log()
+    assert log is not None
+    return float(log["total_time"])
+
+
+if __name__ == "__main__":
+    main()
