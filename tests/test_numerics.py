@@ -159,6 +159,16 @@ def test_what_has_to_be_prepared_must_be_faster_by_more_than_a_measurement_may_e
     assert machine.choose(steps=10_000)[0].compile == compiled
 
 
+@pytest.mark.parametrize(("seconds", "tried"), [(0.29, True), (0.31, False)])
+def test_compiling_is_tried_in_fp32_too_unless_that_is_far_behind(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, tried: bool
+) -> None:
+    compiled = [way.model_copy(update={"compile": True}) for way in (BF16, LAST)]
+    ways = {FP32: {"seconds": seconds}, BF16: {"seconds": 0.2}, **{way: {"seconds": 0.3} for way in compiled}}
+    _, trials = Machine(monkeypatch, ways).choose(steps=10_000)
+    assert [trial.choice for trial in trials[2:]] == compiled[: 1 + tried]
+
+
 def test_candidates_without_hardware_for_bf16_are_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cifarlab.machine.has_fast_bf16", lambda: False)
     assert numerics.candidates(CPU) == [FP32, LAST]
@@ -297,7 +307,7 @@ def test_compiled_frozen_stages_are_tried_where_there_are_some_and_they_may_pay(
     ("device", "steps", "chosen", "tried"),
     [
         ("cuda", 20_000, True, True),  # 400 s against 200 + 19
-        ("cuda", 5_000, False, True),  # 100 s against 98 + 19
+        ("cuda", 15_000, False, True),  # 300 s against 294 + 19
         ("cuda", 2_000, False, False),  # 40 s: not even tried
         ("cpu", 20_000, False, False),
     ],

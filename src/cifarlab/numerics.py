@@ -38,6 +38,11 @@ ROUNDS = 5
 # What trying to compile may cost is not known before; as a rule up to this many seconds, once for each resolution. What
 # has no backward takes a fraction of it.
 COMPILATION, FRONT_COMPILATION = 60.0, 10.0
+# So many times as long as that must the rest of the run be: compilation gains a fifth where it gains at all, which is
+# about half of the time.
+WORTH_TRYING = 10
+# Nor does it make up for a dtype that takes so many times as long.
+CATCHES_UP = 1.5
 # What has to be prepared must be so much faster: a few steps are measured no better than that, and compiled ones have
 # been slower in a run than they were here.
 WORTH_PREPARING = 1.05
@@ -387,14 +392,16 @@ def measure(
     def left() -> float:
         return (best().seconds or 0.0) * steps / compilations
 
-    if device.type == "cuda" and left() > 4 * BENCHMARK:
+    if device.type == "cuda" and left() > WORTH_TRYING * BENCHMARK:
         invest([best().choice.model_copy(update={"benchmark": True})])
     plain, compiled = best().choice, list[NumericsChoice]()
     if can_compile(device):
-        if frozen and left() > 4 * FRONT_COMPILATION:
+        if frozen and left() > WORTH_TRYING * FRONT_COMPILATION:
             compiled.append(plain.model_copy(update={"compile": "frozen"}))
-        if left() > 4 * COMPILATION:
-            dtypes = dict.fromkeys([plain.dtype, "float32"])
+        if left() > WORTH_TRYING * COMPILATION:
+            limit = CATCHES_UP * (best().seconds or 0.0)
+            near = {trials[number].choice.dtype for number in running if (trials[number].seconds or 0.0) <= limit}
+            dtypes = dict.fromkeys([plain.dtype, *near & {"float32"}])
             compiled += [plain.model_copy(update={"compile": True, "dtype": dtype}) for dtype in dtypes]
     invest(compiled)
     return best().choice, trials
