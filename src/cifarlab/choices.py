@@ -31,8 +31,8 @@ from cifarlab.train import Backward, apply_gradients, make_batch, make_scaler
 SMALLEST_BATCH, REFERENCE_BATCH = 32, 128
 # A batch size must be so much faster to be worth its fewer steps; and an epoch has at least so many.
 GAIN, STEPS_AT_LEAST = 1.05, 20
-# On a CPU a step on so many images tells as much as one on thousands, which would take seconds.
-PROBE_IMAGES = 256
+# On a CPU a step on so many images a thread tells as much as one on thousands, which would take seconds.
+PROBE_IMAGES = 64
 # So often may fp16's loss scale be halved before a step counts, from 65,536 on.
 SCALES = 24
 # A batch size is tried only where this share of the free memory suffices for what it needs more.
@@ -112,9 +112,10 @@ def _choose_numerics(
 
 def _probe(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with a smaller batch, where that is enough to tell which way of computing is the fastest."""
-    if device.type != "cpu" or math.ceil(recipe.train.batch / recipe.train.accumulate) <= PROBE_IMAGES:
+    enough = PROBE_IMAGES * torch.get_num_threads()
+    if device.type != "cpu" or math.ceil(recipe.train.batch / recipe.train.accumulate) <= enough:
         return recipe
-    return recipe.with_train(batch_size=PROBE_IMAGES, accumulate=1)
+    return recipe.with_train(batch_size=enough, accumulate=1)
 
 
 def _key(recipe: Recipe, prepared: Prepared, device: torch.device) -> dict[str, Any]:
