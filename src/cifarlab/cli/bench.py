@@ -43,7 +43,7 @@ def bench(
     """
     from cifarlab import machine
 
-    machine.prepare(pin=False)  # the measured processes see to that themselves
+    machine.prepare(without=["threads_pinned"])  # the measured processes see to that themselves
     from cifarlab import files
     from cifarlab.bench.contenders import Job, available
     from cifarlab.bench.measure import measure
