@@ -37,14 +37,14 @@ def test_a_round_is_made_about_as_long_as_it_should_be() -> None:
     def one_round(steps: tuple[int, int]) -> float:
         return 0.02 * steps[1]
 
-    warm, timed = measuring._steps(one_round)
-    assert 0.6 * measuring.SECONDS_A_ROUND < 0.02 * timed < measuring.SECONDS_A_ROUND
+    warm, timed = measuring._steps(one_round, 3.0)
+    assert 0.6 * 3.0 < 0.02 * timed < 3.0
     assert warm == timed // 3
 
     def slow(steps: tuple[int, int]) -> float:
         return 20.0 * steps[1]
 
-    assert measuring._steps(slow) == (1, measuring.STEPS_AT_LEAST)
+    assert measuring._steps(slow, 3.0) == (1, measuring.STEPS_AT_LEAST)
 
 
 def test_ratios_are_of_medians() -> None:
@@ -59,6 +59,42 @@ def test_every_contender_steps_the_same_model(monkeypatch: pytest.MonkeyPatch) -
     for name in ("ours", "ceiling", "standard 0"):
         seconds = make(name, job())((1, 3))
         assert 0 < seconds < 60, name
+
+
+@pytest.mark.parametrize(
+    ("name", "without"), [("ours", []), ("ceiling", []), ("ceiling without huge_pages", ["huge_pages"])]
+)
+def test_a_process_is_made_ready_without_what_its_contender_names(
+    name: str, without: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("cifarlab.machine.prepare", lambda **given: asked.append(given))
+    make(name, job())
+    assert asked == [{"without": without}]
+
+
+def test_what_the_others_stand_beside_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Contender:
+        failed = None
+
+        def __init__(self, name: str, job: Job) -> None:
+            self.name = name
+
+        def __enter__(self) -> Contender:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def round(self) -> float:
+            order.append(self.name)
+            return 2.0 if self.name == "ceiling" else 1.0
+
+    monkeypatch.setattr(measuring, "_Contender", Contender)
+    (pair,) = measure(["ceiling without huge_pages"], job(), 2, lambda _: None, beside="ceiling")
+    assert pair == Pair("ceiling without huge_pages", (2.0, 2.0), (1.0, 1.0))
+    assert order == ["ceiling without huge_pages", "ceiling", "ceiling", "ceiling without huge_pages"]
 
 
 def test_a_contender_that_fails_is_told_and_the_others_go_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -203,6 +204,53 @@ def test_every_thread_of_a_prepared_process_does_the_same_arithmetic(environment
     assert zeros == ("2000000" if flushed == "True" else "0")
     if environment:
         assert pinned == "False"
+
+
+@functools.cache
+def effects(without: str | None) -> tuple[dict[str, bool], dict[str, bool]]:
+    """What a process says it was prepared for, without a setting, and what can be seen of each."""
+    code = (
+        "import json, os, resource, sys\n"
+        "from pathlib import Path\n"
+        "from cifarlab import machine\n"
+        "said = machine.prepare(without=sys.argv[1:])\n"
+        "import torch\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(10): torch.ones(16_000_000)\n"  # more than the 32 MB that malloc keeps of its own accord
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults()\n"
+        "kept = faults() < 1000\n"
+        "huge = 'AnonHugePages:         0 kB' not in Path('/proc/self/smaps_rollup').read_text()\n"
+        "alone = [len(os.sched_getaffinity(int(task))) == 1 for task in os.listdir('/proc/self/task')]\n"
+        "flushed = float(torch.tensor(1e-39) * 0.5) == 0\n"
+        "seen = dict(memory_kept=kept, huge_pages=huge, threads_pinned=any(alone), denormals_flushed=flushed)\n"
+        "print(json.dumps([said, seen]))"
+    )
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "GOMP_"))}
+    command = [sys.executable, "-c", code, *([without] if without else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=free)
+    said, seen = json.loads(done.stdout)
+    return said, seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what was done is seen in /proc")
+@pytest.mark.parametrize("setting", machine.SETTINGS)
+def test_a_process_is_prepared_without_just_that_one(setting: str) -> None:
+    with_all_said, with_all_seen = effects(None)
+    said, seen = effects(setting)
+    gone = {"memory_kept", "huge_pages"} if setting == "memory_kept" else {setting}
+    assert said == with_all_said | dict.fromkeys(gone, False)
+    # The kernel may give huge pages to all or to none, a machine may have a single core: then there is less to see.
+    always = (
+        with_all_seen["huge_pages"] and "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    )
+    assert seen == with_all_seen | dict.fromkeys(gone - ({"huge_pages"} if always else set()), False)
+
+
+def test_a_setting_of_another_name_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="huge_page"):
+        machine.prepare(without=["huge_page"])
 
 
 def test_kept_memory_is_used_again_without_page_faults() -> None:

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+# What `prepare` sees to.
+SETTINGS = ("memory_kept", "huge_pages", "threads_pinned", "denormals_flushed")
 
 # glibc's numbers for mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -40,21 +42,22 @@ def process_age() -> float:
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
-def prepare(*, pin: bool = True) -> dict[str, bool]:
+def prepare(*, without: Collection[str] = ()) -> dict[str, bool]:
     """Make this process ready for training on the CPU; call before torch is imported. Returns what took effect.
 
-    Memory stays in the process, and in pages of 2 MB; numbers too small for full precision become zero, as CPUs are
-    slow with them; with `pin` torch's worker threads stay on their cores. Once a process is ready, another call changes
-    nothing.
+    Memory stays in the process, and in pages of 2 MB; torch's worker threads stay on their cores; numbers too small for
+    full precision become zero, as CPUs are slow with them. `without` leaves out some of SETTINGS, and with the memory
+    kept its huge pages. Once a process is ready, another call changes nothing.
     """
+    assert set(without) <= set(SETTINGS), without
     if not _prepared:
-        kept = keep_memory()
-        asked = kept and ask_for_huge_pages(available_memory() // 2)
-        with _pinning(pin) as pinned:
+        kept = "memory_kept" not in without and keep_memory()
+        asked = kept and "huge_pages" not in without and ask_for_huge_pages(available_memory() // 2)
+        with _pinning("threads_pinned" not in without) as pinned:
             import torch
 
             # Threads inherit this from the one that starts them: all do the same arithmetic only if it comes first.
-            flushed = torch.set_flush_denormal(True)
+            flushed = "denormals_flushed" not in without and torch.set_flush_denormal(True)
             torch.ones(1_000_000).add_(1)  # the threads start with the first parallel loop
         _prepared.update(memory_kept=kept, huge_pages=asked, threads_pinned=pinned, denormals_flushed=flushed)
     return dict(_prepared)

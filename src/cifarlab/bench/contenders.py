@@ -5,6 +5,9 @@ ceiling                     the same model, optimizer, numerics and memory setti
 standard 0, 2, 4 workers    torchvision's transforms per image on PIL images, a DataLoader, torch's own defaults
 fastai, lightning           the same images and transforms in their own training loops, with their own defaults
 
+"ours without huge_pages" and "ceiling without huge_pages" are the first two in a process that is made ready without one
+of machine.SETTINGS.
+
 What the peers are given is the model, the kind of optimizer with its learning rate and decay, and the transforms that
 resize, crop and flip; what else a recipe asks for (mixing, moving averages, frozen stages) they go without.
 """
@@ -29,12 +32,16 @@ PEERS = ("standard 0", "standard 2", "standard 4", "fastai", "lightning")
 
 
 class Job(NamedTuple):
-    """What is measured. recipe: decided, as YAML. data: where CIFAR's files are. device: as `--device` has it."""
+    """What is measured. recipe: decided, as YAML. data: where CIFAR's files are. device: as `--device` has it.
+
+    seconds: about how long a round is to take; of it the first quarter is not timed.
+    """
 
     recipe: str
     data: Path | None
     device: str
     batch_size: int
+    seconds: float = 3.0
 
 
 def available() -> list[str]:
@@ -44,11 +51,13 @@ def available() -> list[str]:
 
 
 def make(name: str, job: Job) -> Round:
+    name, _, setting = name.partition(" without ")
+    without = [setting] if setting else []
     match name:
         case "ours":
-            return _ours(job)
+            return _ours(job, without)
         case "ceiling":
-            return _ceiling(job)
+            return _ceiling(job, without)
         case "fastai":
             return _fastai(job)
         case "lightning":
@@ -90,11 +99,11 @@ class _Clock:
 # --- ours ---------------------------------------------------------------------------------------
 
 
-def _ready(job: Job) -> tuple[Any, Any, Any, Any]:
-    """Recipe, device, prepared data and weights, in a process that is made ready as a run's is."""
+def _ready(job: Job, without: list[str]) -> tuple[Any, Any, Any, Any]:
+    """Recipe, device, prepared data and weights, in a process that is made ready as a run's is, but for `without`."""
     from cifarlab import machine
 
-    machine.prepare()
+    machine.prepare(without=without)
     from cifarlab.models.weights import find_weights
 
     recipe, device, prepared = _loaded(job)
@@ -116,13 +125,13 @@ def _quiet(text: str) -> None:
     pass
 
 
-def _ours(job: Job) -> Round:
+def _ours(job: Job, without: list[str]) -> Round:
     from cifarlab import machine
     from cifarlab.build import make_task
     from cifarlab.rundir import RunFolder
     from cifarlab.train import StopRequest, train
 
-    recipe, device, prepared, weights = _ready(job)
+    recipe, device, prepared, weights = _ready(job, without)
 
     class Display:
         """The loop asks it after each step whether it wants to look: that is when a step is over."""
@@ -153,11 +162,11 @@ def _ours(job: Job) -> Round:
     return one_round
 
 
-def _ceiling(job: Job) -> Round:
+def _ceiling(job: Job, without: list[str]) -> Round:
     from cifarlab import machine
     from cifarlab.choices import measured_step
 
-    recipe, device, prepared, weights = _ready(job)
+    recipe, device, prepared, weights = _ready(job, without)
     step = measured_step(recipe, prepared, device, weights, frozen_batch=True)
 
     def one_round(steps: tuple[int, int]) -> float:

@@ -15,13 +15,12 @@ from multiprocessing.connection import Connection
 from cifarlab.bench.contenders import Job, Round, make
 from cifarlab.errors import CifarlabError, RunError
 
-SECONDS_A_ROUND = 3.0  # of it the first quarter is not timed
 STEPS_AT_LEAST = 3
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Images per second in each round, of cifarlab's loop and of another beside it. failed: why there are none."""
+    """Images per second in each round, of cifarlab's step and of another beside it. failed: why there are none."""
 
     contender: str
     ours: tuple[float, ...] = ()
@@ -34,11 +33,13 @@ class Pair:
         return statistics.median(self.ours) / statistics.median(self.theirs) if self.theirs else None
 
 
-def measure(contenders: Sequence[str], job: Job, rounds: int, progress: Callable[[str], None]) -> list[Pair]:
-    """Each contender beside ours. Raises RunError where ours fails."""
+def measure(
+    contenders: Sequence[str], job: Job, rounds: int, progress: Callable[[str], None], *, beside: str = "ours"
+) -> list[Pair]:
+    """Each contender beside one of our own: `ours`, or `ceiling`. Raises RunError where that one fails."""
     pairs = []
-    progress("starting our own loop")
-    with _Contender("ours", job) as ours:
+    progress(f"starting {beside}")
+    with _Contender(beside, job) as ours:
         if ours.failed is not None:
             raise RunError(ours.failed)
         for contender in contenders:
@@ -109,7 +110,7 @@ def _serve(connection: Connection, name: str, job: Job) -> None:
     """A contender's process: sends the rate of a round for each True that comes, or why it failed."""
     try:
         one_round = make(name, job)
-        steps = _steps(one_round)
+        steps = _steps(one_round, job.seconds)
         connection.send(0.0)
         while connection.recv():
             connection.send(steps[1] * job.batch_size / one_round(steps))
@@ -121,12 +122,12 @@ def _serve(connection: Connection, name: str, job: Job) -> None:
         connection.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def _steps(one_round: Round) -> tuple[int, int]:
-    """How many steps, not timed and timed, make a round of about the right length."""
+def _steps(one_round: Round, length: float) -> tuple[int, int]:
+    """How many steps, not timed and timed, make a round of about that length in seconds."""
     timed = STEPS_AT_LEAST
     while True:
         seconds = one_round((1, timed))
-        if seconds > SECONDS_A_ROUND / 4 or timed >= 256:
-            timed = max(STEPS_AT_LEAST, round(timed * SECONDS_A_ROUND * 0.75 / seconds))
+        if seconds > length / 4 or timed >= 256:
+            timed = max(STEPS_AT_LEAST, round(timed * length * 0.75 / seconds))
             return max(1, timed // 3), timed
         timed *= 4

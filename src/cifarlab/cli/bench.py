@@ -17,7 +17,15 @@ _NO_VALIDATION = ("data.validation=0", "train.early_stopping=null", "evaluate.tt
 
 
 def bench(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name ('cifarlab recipes' lists them) or a YAML file.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name ('cifarlab recipes' lists them) or a YAML file.")
+    ] = None,
+    machine: Annotated[
+        bool,
+        typer.Option(
+            "--machine", help="What the hardware can do, and what each setting of the process is worth on it."
+        ),
+    ] = False,
     dataset: Annotated[str | None, typer.Option(help="The dataset. [default: the recipe's first]")] = None,
     data: DataOption = None,
     set_: SetOption = None,
@@ -37,13 +45,76 @@ def bench(
     """Images per second of a recipe's training step here: beside its ceiling, and beside other loops.
 
     The ceiling is the same step on one batch that never changes. The others train the same model on the same images
-    with their own loops and defaults.
+    with their own loops and defaults. --machine needs no recipe and no data, and takes about two minutes.
 
-    Example: cifarlab bench ex1 --dataset cifar10
+    Examples:
+
+      cifarlab bench ex1 --dataset cifar10
+
+      cifarlab bench --machine
     """
+    if machine:
+        of_recipes = {"RECIPE": recipe, "--dataset": dataset, "--data": data, "--set": set_, "--against": against}
+        for name, given in of_recipes.items():
+            if given:
+                raise UsageError(f"--machine measures no recipe and takes no {name}; leave out one of the two")
+        _bench_machine(device, rounds, json)
+    elif recipe is None:
+        raise UsageError(
+            "give a RECIPE to measure ('cifarlab recipes' lists them), or --machine to measure the hardware"
+        )
+    else:
+        _bench_recipe(recipe, dataset, data, set_, against, rounds, json, device)
+
+
+def _bench_machine(device: str, rounds: int, json: Path | None) -> None:
     from cifarlab import machine
 
-    machine.prepare(pin=False)  # the measured processes see to that themselves
+    machine.prepare()
+    from cifarlab import files
+    from cifarlab.bench import hardware
+    from cifarlab.cli.tables import print_machine, print_settings, print_speeds
+
+    place = machine.choose_device(device)
+    console = make_console()
+    print_machine(console, machine.describe(place))
+    with console.status("") as status:
+        speeds = list(hardware.speeds(place, status.update))
+        status.update("memory and denormal numbers")
+        bandwidth, denormals = hardware.bandwidth(place), hardware.cost_of_denormals()
+    print_speeds(console, speeds, bandwidth, denormals)
+    machine.give_back_memory(place)
+    steps = []
+    for name in hardware.STEPS:
+        plan = hardware.step_recipe(name, place)
+        with console.status("") as status:
+            pairs = hardware.worth(plan, place, rounds, status.update)
+        print_settings(console, plan, pairs)
+        steps.append(hardware.record(plan, pairs))
+    if json is not None:
+        record = {
+            "machine": machine.describe(place),
+            "speeds": [speed.record() for speed in speeds],
+            "copied_bytes_per_second": bandwidth,
+            "denormals": {"cost": denormals, "left_out": None if denormals else "this CPU can't flush them"},
+            "steps": steps,
+        }
+        files.write_json(json, record)
+
+
+def _bench_recipe(
+    recipe: str,
+    dataset: str | None,
+    data: Path | None,
+    set_: list[str] | None,
+    against: list[str] | None,
+    rounds: int,
+    json: Path | None,
+    device: str,
+) -> None:
+    from cifarlab import machine
+
+    machine.prepare(without=["threads_pinned"])  # the measured processes see to that themselves
     from cifarlab import files
     from cifarlab.bench.contenders import Job, available
     from cifarlab.bench.measure import measure

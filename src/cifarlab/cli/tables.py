@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -13,7 +13,11 @@ from rich.text import Text
 
 from cifarlab.bench.measure import Pair
 from cifarlab.compare import COLUMNS, Row, lines
+from cifarlab.errors import printable
 from cifarlab.recipe import Recipe, load_recipe, recipe_names, recipe_text
+
+if TYPE_CHECKING:
+    from cifarlab.bench.hardware import Speed
 
 
 def print_comparison(console: Console, rows: Sequence[Row]) -> None:
@@ -96,9 +100,7 @@ def print_scores(console: Console, log: dict[str, Any]) -> None:
 
 def print_pairs(console: Console, recipe: Recipe, pairs: Sequence[Pair]) -> None:
     """Images per second of cifarlab's loop beside others: medians, lowest and highest round, and their ratio."""
-    table = Table("beside", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("images/s, cifarlab", "images/s, the other", "cifarlab / the other"):
-        table.add_column(heading, justify="right")
+    table = _figures("beside", "images/s, cifarlab", "images/s, the other", "cifarlab / the other")
     for pair in pairs:
         if pair.ratio is None:
             table.add_row(Text(pair.contender), "", Text(f"failed: {pair.failed}"), "")
@@ -108,6 +110,60 @@ def print_pairs(console: Console, recipe: Recipe, pairs: Sequence[Pair]) -> None
     batch = recipe.train.batch
     console.print(Text(f"{recipe.name} on {recipe.datasets[0]}, batch {batch}, numerics {recipe.train.numerics}"))
     console.print(table)
+
+
+def print_machine(console: Console, described: dict[str, Any]) -> None:
+    """The CPU, its memory, and the device, in two lines."""
+    memory = f"{described['memory'] / 1e9:.1f} GB"
+    counts = f"cores: {described['cores']}, threads: {described['threads']}, memory: {memory}"
+    gpu = f" ({described['gpu']})" if described["gpu"] else ""
+    console.print(Text(printable(f"{described['cpu']} ({described['cpu_capability']}), {counts}")))
+    console.print(Text(printable(f"device {described['device']}{gpu}, torch {described['torch']}")))
+
+
+def print_speeds(console: Console, speeds: Sequence[Speed], bandwidth: float, denormals: float | None) -> None:
+    """GFLOP/s of each thing in each kind of numbers, and why some are missing; memory; denormal numbers."""
+    by_place = {(speed.what, speed.numbers): speed for speed in speeds}
+    numbers = list(dict.fromkeys(speed.numbers for speed in speeds))
+    table = _figures("GFLOP/s", *numbers)
+    for what in dict.fromkeys(speed.what for speed in speeds):
+        rates = [by_place[what, kind].rate for kind in numbers]
+        table.add_row(what, *("–" if rate is None else f"{rate / 1e9:,.{0 if rate >= 1e10 else 1}f}" for rate in rates))
+    console.print(table)
+    missing = dict.fromkeys(f"{speed.numbers}: {speed.left_out}" for speed in speeds if speed.left_out is not None)
+    cost = "unknown, as this CPU can't flush them" if denormals is None else f"{denormals:.2f} times what others do"
+    notes = [
+        *missing,
+        "convolutions are forward and backward",
+        f"memory copied: {bandwidth / 1e9:,.1f} GB/s, read and written",
+        f"time that denormal numbers take on the CPU where they aren't flushed: {cost}",
+    ]
+    console.print(Text("\n".join(notes) + "\n"))
+
+
+def print_settings(console: Console, recipe: Recipe, pairs: dict[str, Pair]) -> None:
+    """What each setting of the process is worth on a recipe's step: medians, lowest and highest round, the ratio."""
+    table = _figures("setting", "images/s with all", "images/s without it", "ratio")
+    notes = ["without memory kept there are no huge pages either"]
+    for setting, pair in pairs.items():
+        name = setting.replace("_", " ")
+        if pair.ratio is None:
+            table.add_row(name, "–", "–", "–")
+            notes.append(f"{name}: {pair.failed}")
+        else:
+            table.add_row(name, _spread(pair.ours), _spread(pair.theirs), f"{pair.ratio:.2f}")
+    step = f"a training step of {recipe.name}, batch {recipe.train.batch}, numerics {recipe.train.numerics}"
+    console.print(Text(step))
+    console.print(table)
+    console.print(Text("\n".join(notes) + "\n"))
+
+
+def _figures(first: str, *others: str) -> Table:
+    """A table with a column of names and others of figures."""
+    table = Table(first, box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _spread(rates: Sequence[float]) -> str:
