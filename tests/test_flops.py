@@ -145,11 +145,13 @@ def test_each_resolution_counts_for_its_time(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_is_frozen_for_a_while_counts_as_it_is_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = ["model.freeze_backbone.epochs=1", "model.freeze_late=[[0.5, 2], [0.9, 3]]", "train.epochs=10"]
+    settings = ["model.freeze_backbone.steps=3", "model.freeze_late=[[0.5, 2], [0.9, 3]]", "train.epochs=10"]
     log, recipe = counted(tmp_path, monkeypatch, *settings)
     layers = ex1_layers(4)
-    epochs = [trained(layers, 4), *[trained(layers)] * 4, *[trained(layers, 2)] * 4, trained(layers, 3)]
-    assert log["flops"] == TRAIN * sum(epochs) == planned(recipe)
+    head, whole = 3 * 32, 5 * TRAIN - 3 * 32  # images
+    done = head * trained(layers, 4) + whole * trained(layers)
+    done += TRAIN * (4 * trained(layers, 2) + trained(layers, 3))
+    assert log["flops"] == done == planned(recipe)
 
 
 @pytest.mark.parametrize("cache", ["float32", "null"])
