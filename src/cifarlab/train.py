@@ -497,7 +497,10 @@ def make_scaler(task: Task) -> torch.amp.GradScaler | None:
 def apply_gradients(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> None:
-    """Clip the gradients, and take the optimizer's step; with a scaler the step is left out where they overflowed."""
+    """Clip the gradients, and take the optimizer's step; with a scaler the step is left out where they overflowed.
+
+    Then it is torch that waits for the device, to know whether they did; not with Adam and AdamW, which look there.
+    """
     if scaler is not None and recipe.train.clip_grad_norm is not None:
         scaler.unscale_(optimizer)
     if recipe.train.clip_grad_norm is not None:
