@@ -41,9 +41,9 @@ class Figure:
 class Row:
     """Runs of one recipe on one dataset and one kind of machine that differ by nothing but their seed.
 
-    accuracy, overfitting_gap: fractions of 1; train_time, test_time: seconds; flops: of all training steps, and
-    flops_per_second over train_time (both in JSON and CSV alone). `changes` are the fields in which the
-    recipe differs from others of its name in the table, and the dataset's content and the machine where they differ.
+    accuracy, overfitting_gap: fractions of 1; train_time, test_time: seconds; flops: of all training steps.
+    `changes` are the fields in which the recipe differs from others of its name in the table, and the dataset's content
+    and the machine where they differ.
     tta: the test-time augmentations that validation chose, with a comma where it chose not the same for each run; None,
     as its figures, where not all runs have them.
     """

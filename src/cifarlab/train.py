@@ -268,7 +268,8 @@ def train(
         log["train_time"] = clock.seconds
         log["wall_time"] = time.time() - process_started
         log["images_per_second"] = images / clock.seconds if clock.seconds else None
-        log["flops"] = done = flops.total()
+        # Counting takes a moment, and has no place among the steps that a profile looks at.
+        log["flops"] = done = flops.total() if status != "running" else None
         log["flops_per_second"] = done / clock.seconds if done is not None and clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
         log["frozen_stages"] = network.frozen.record() if network.frozen is not None else None
