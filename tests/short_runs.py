@@ -99,8 +99,10 @@ def without_times(log: dict[str, Any]) -> dict[str, Any]:
         "train_time",
         "wall_time",
         "images_per_second",
+        "flops_per_second",
         "peak_memory",
         "frozen_stages",  # how often they ran
+        "flops",  # of that as well
         "test_time",
         "total_time",
     }

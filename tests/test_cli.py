@@ -241,6 +241,7 @@ def test_show_gives_a_recipe_that_runs_again_and_the_layer_table(
     assert make_recipe(shown) == expected
     assert flatten(shown).keys() == flatten(expected.to_dict()).keys()  # what is left at its default as well
     assert "16,904,548" in out and "64 x 16 x 16" in out and "67.62 parameters" in out
+    assert "356 MFLOP an image; 112 TFLOP for 7 epochs of 45,000 images" in out
 
 
 def test_recipes_lists_every_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,8 @@ def make_run(
         "best_val_accuracy": 0.7,
         "overfitting_gap": 0.05,
         "train_time": 100.0,
+        "flops": 79_200_000_000_000,
+        "flops_per_second": 7.92e11,
     }
     run.write_train_log(log | (train or {}))
     if test is None or test:
@@ -214,6 +216,8 @@ def test_what_is_missing_is_none_and_a_dash_never_zero(tmp_path: Path) -> None:
         "overfitting_gap": None,
         "train_time": None,
         "parameters": None,
+        "flops": None,
+        "flops_per_second": None,
     }
     run = make_run(tmp_path / "a", train={"status": "failed", **nothing}, test={})
     log = run.train_log()
@@ -358,7 +362,8 @@ def test_csv_reads_back_as_the_same_figures(rows: list[Row]) -> None:
     read = list(csv.DictReader(io.StringIO(to_csv(rows))))
     assert len(read) == len(rows) == 3
     for line, row in zip(read, rows, strict=True):
-        for name in ("accuracy", "val_accuracy", "train_time", "test_time", "overfitting_gap", "tta_accuracy"):
+        figures = ("accuracy", "val_accuracy", "train_time", "test_time", "overfitting_gap", "tta_accuracy")
+        for name in (*figures, "flops", "flops_per_second"):
             figure = getattr(row, name)
             assert (float(line[name]) if line[name] else None) == figure.mean
             assert (float(line[f"{name}_std"]) if line[f"{name}_std"] else None) == figure.std

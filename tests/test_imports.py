@@ -51,6 +51,7 @@ ORDER = (
     "metrics",
     "features",
     "evaluate",
+    "flops",
     "budget",
     "train",
     "build",

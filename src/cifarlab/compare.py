@@ -18,7 +18,7 @@ from cifarlab.errors import NotARunError, printable
 from cifarlab.recipe import fingerprint, flatten
 from cifarlab.rundir import RunFolder
 
-TRAIN_FIGURES = ("best_val_accuracy", "train_time", "parameters", "overfitting_gap")
+TRAIN_FIGURES = ("best_val_accuracy", "train_time", "parameters", "overfitting_gap", "flops", "flops_per_second")
 TEST_FIGURES = ("accuracy", "test_time")
 
 
@@ -41,8 +41,9 @@ class Figure:
 class Row:
     """Runs of one recipe on one dataset and one kind of machine that differ by nothing but their seed.
 
-    accuracy, overfitting_gap: fractions of 1; train_time, test_time: seconds. `changes` are the fields in which the
-    recipe differs from others of its name in the table, and the dataset's content and the machine where they differ.
+    accuracy, overfitting_gap: fractions of 1; train_time, test_time: seconds; flops: of all training steps.
+    `changes` are the fields in which the recipe differs from others of its name in the table, and the dataset's content
+    and the machine where they differ.
     tta: the test-time augmentations that validation chose, with a comma where it chose not the same for each run; None,
     as its figures, where not all runs have them.
     """
@@ -59,6 +60,8 @@ class Row:
     epochs: float | None
     parameters: int | None
     overfitting_gap: Figure
+    flops: Figure
+    flops_per_second: Figure
     tta: str | None
     tta_accuracy: Figure
     tta_test_time: Figure
@@ -177,6 +180,8 @@ def _row(group: list[_Run], changes: str) -> Row:
         epochs=first.epochs,
         parameters=None if parameters is None else int(parameters),
         overfitting_gap=figure("overfitting_gap"),
+        flops=figure("flops"),
+        flops_per_second=figure("flops_per_second"),
         tta=", ".join(dict.fromkeys(modes)) if len(modes) == len(group) else None,
         tta_accuracy=figure("tta_accuracy"),
         tta_test_time=figure("tta_test_time"),

@@ -169,7 +169,8 @@ def _log_mean_probability(outputs: list[Tensor], weights: list[float]) -> Tensor
     """Logits (B, K) of each view to the logarithm of their weighted mean probability, float32 (B, K)."""
     log_probabilities = F.log_softmax(torch.stack(outputs), -1)
     if len(set(weights)) > 1:
-        log_probabilities = log_probabilities + torch.tensor(weights, device=outputs[0].device).log()[:, None, None]
+        shares = machine.upload(torch.tensor(weights).log(), outputs[0].device)
+        log_probabilities = log_probabilities + shares[:, None, None]
     return torch.logsumexp(log_probabilities, 0) - math.log(sum(weights))
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cifarlab import machine
 from cifarlab.download import Report
 from cifarlab.numerics import Numerics
 
@@ -26,11 +27,11 @@ class CacheKey(NamedTuple):
 
 
 class _Shelf:
-    """The outputs for one key. rows: (M, …); place: int64 (N,), an image's row, -1 where it has none."""
+    """The outputs for one key. rows: (M, …); place: int64 (N,), on the CPU, an image's row, -1 where it has none."""
 
     def __init__(self, images: int, rows: Tensor) -> None:
         self.rows = rows
-        self.place = torch.full((images,), -1, dtype=torch.int64, device=rows.device)
+        self.place = torch.full((images,), -1, dtype=torch.int64)
         self.used = 0
 
     @property
@@ -39,11 +40,11 @@ class _Shelf:
 
     def add(self, samples: Tensor, computed: Tensor) -> None:
         """Keep the outputs of those images that have no row yet."""
-        new = self.place[samples] < 0
-        rows = torch.arange(self.used, self.used + int(new.sum()), device=samples.device)
-        self.rows[rows] = computed[new]
-        self.place[samples[new]] = rows
-        self.used += len(rows)
+        new = torch.nonzero(self.place[samples] < 0)[:, 0]
+        end = self.used + len(new)
+        self.rows[self.used : end] = computed[machine.upload(new, computed.device)]
+        self.place[samples[new]] = torch.arange(self.used, end)
+        self.used = end
 
 
 class FrozenStages:
@@ -77,7 +78,7 @@ class FrozenStages:
         images: int,
         rows: int,
     ) -> Tensor:
-        """Outputs for the images at `samples` (int64 (B,), on the device), float32 (B, …).
+        """Outputs for the images at `samples` (int64 (B,), on the CPU), float32 (B, …).
 
         pixels: makes their (B, 3, H, W), if they are needed. key: None where the inputs have none. keep: whether the
         same ones will be asked for again. images: how many the store has. rows: how many different ones will come.
@@ -87,7 +88,7 @@ class FrozenStages:
             place = shelf.place[samples]
             if shelf.used == len(shelf.rows) or not bool((place < 0).any()):
                 self.recalled += len(samples)
-                return self._restored(shelf.rows[place])
+                return self._restored(shelf.rows[machine.upload(place, shelf.rows.device)])
         computed = self._compute(pixels())
         if keep and key is not None:
             if key not in self._shelves:

@@ -173,6 +173,15 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor in main memory as one on the device, without waiting for what the device is still at.
+
+    That takes pinned memory: from any other, CUDA waits until the copy is done, and so for all that was asked before.
+    On the CPU it is the tensor itself.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, of the device or of the machine.
 

@@ -26,6 +26,7 @@ from cifarlab.data.mixing import mix
 from cifarlab.errors import DivergedError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.features import CacheKey
+from cifarlab.flops import TrainingFlops
 from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
@@ -84,13 +85,15 @@ class TrainingBatch(NamedTuple):
     """inputs: what the part of the network that trains takes, float32 (B, …). labels: int64 (B,).
 
     partners: int64 (B,), the labels of the images mixed in, and share: float32 (B,), the weight of the own label; None
-    where nothing is mixed.
+    where nothing is mixed. computed: shape of the images that frozen stages ran on to make the inputs, (B, 3, H, W);
+    None where nothing is frozen apart, or all was recalled.
     """
 
     inputs: Tensor
     labels: Tensor
     partners: Tensor | None = None
     share: Tensor | None = None
+    computed: torch.Size | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ def train(
     biases = list(whitening_biases(model).values())
 
     step = images = saved_step = 0
+    flops = TrainingFlops(network)
     fitting_backward = Backward(recipe, task, scaler)
     last_step = total_steps  # early stopping lowers it
     lr = 0.0
@@ -264,6 +268,9 @@ def train(
         log["train_time"] = clock.seconds
         log["wall_time"] = time.time() - process_started
         log["images_per_second"] = images / clock.seconds if clock.seconds else None
+        # Counting takes a moment, and has no place among the steps that a profile looks at.
+        log["flops"] = done = flops.total() if status != "running" else None
+        log["flops_per_second"] = done / clock.seconds if done is not None and clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
         log["frozen_stages"] = network.frozen.record() if network.frozen is not None else None
         run.write_train_log(log)
@@ -291,6 +298,7 @@ def train(
             epoch_began=epoch_began,
             sums=sums.state(),
             images=images,
+            flops=flops.total(),
             accumulate=fitting_backward.accumulate,
         )
         run.keep_latest(section.keep)
@@ -384,6 +392,7 @@ def train(
                 average.ema.update(model, step)
             sums.add(step - 1, loss, logits, batch, task.class_weights)
             images += len(batch.labels)
+            flops.add(batch.inputs.shape, batch.computed)
             profiled()
 
             # Log.
@@ -459,11 +468,12 @@ def make_batch(
         return next(pipeline for share, pipeline in reversed(task.pipelines) if step >= share * total_steps)
 
     pipeline = pipeline_at(step)
-    if task.network.frozen is not None:
+    if (frozen := task.network.frozen) is not None:
         cycle = recipe.augment.cycle
         assert cycle is not None  # else nothing comes again, and frozen stages are not apart
         again = step + cycle * steps_per_epoch
-        inputs = task.network.frozen(
+        computed_before = frozen.computed
+        inputs = frozen(
             partial(pipeline.train, found.pixels, found.samples, draws),
             found.samples,
             CacheKey("train", pipeline.output_size[0], step // steps_per_epoch % cycle),
@@ -471,7 +481,8 @@ def make_batch(
             images=len(task.store),
             rows=len(task.train),
         )
-        return TrainingBatch(inputs, found.labels)
+        computed = torch.Size((len(found.labels), 3, *pipeline.output_size))
+        return TrainingBatch(inputs, found.labels, computed=computed if frozen.computed > computed_before else None)
     pixels = pipeline.train(found.pixels, found.samples, draws)
     if not (recipe.loss.mixup or recipe.loss.cutmix):
         return TrainingBatch(pixels, found.labels)
@@ -487,7 +498,10 @@ def make_scaler(task: Task) -> torch.amp.GradScaler | None:
 def apply_gradients(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> None:
-    """Clip the gradients, and take the optimizer's step; with a scaler the step is left out where they overflowed."""
+    """Clip the gradients, and take the optimizer's step; with a scaler the step is left out where they overflowed.
+
+    Then it is torch that waits for the device, to know whether they did; not with Adam and AdamW, which look there.
+    """
     if scaler is not None and recipe.train.clip_grad_norm is not None:
         scaler.unscale_(optimizer)
     if recipe.train.clip_grad_norm is not None:

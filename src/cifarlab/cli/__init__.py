@@ -244,9 +244,9 @@ def show(
     data: DataOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Show a resolved recipe and its network's layers: output shapes, parameters, sizes."""
-    from cifarlab.cli.tables import print_layers, print_recipe
-    from cifarlab.data.sources import dataset_shape
+    """Show a resolved recipe, its network's layers (output shapes, parameters, sizes), and the FLOPs of training it."""
+    from cifarlab.cli.tables import print_flops, print_layers, print_recipe
+    from cifarlab.data.sources import dataset_shape, training_images
     from cifarlab.recipe import load_recipe
 
     plan = load_recipe(recipe, set_ or [])
@@ -256,6 +256,7 @@ def show(
     console = make_console()
     print_recipe(console, recipe, plan)
     print_layers(console, plan, *shape)
+    print_flops(console, plan, *shape, training_images(name, plan.data))
 
 
 @app.command()

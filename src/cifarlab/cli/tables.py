@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,32 @@ def print_layers(console: Console, recipe: Recipe, classes: int, size: int) -> N
         f"MB: {summary.total_input / 1e6:.2f} input, {summary.total_output_bytes / 1e6:.2f} activations, forward and "
         f"backward, {summary.total_param_bytes / 1e6:.2f} parameters"
     )
+
+
+def print_flops(console: Console, recipe: Recipe, classes: int, size: int, images: int | None) -> None:
+    """What training costs in FLOPs, an image and in all. images: that train; None where that is not known."""
+    from cifarlab import flops
+    from cifarlab.models import outline
+    from cifarlab.models.chain import freeze
+
+    side = recipe.evaluation_side or size
+    model = outline(recipe.model, classes=classes, size=(side, side))
+    freeze(model, recipe.model.freeze_stages)
+    seen = recipe.train.epochs * (images or 1)
+    try:
+        total = flops.of_recipe(recipe, model, size, images or 1)
+    except Exception as error:  # any network of timm's or torchvision's
+        console.print(Text(f"FLOPs: '{recipe.model.name}' can't be counted ({type(error).__name__})"))
+        return
+    run = f"; {_flops(total)} for {recipe.train.epochs:g} epochs of {images:,} images" if images is not None else ""
+    console.print(f"training, forward and backward: {_flops(total / seen)} an image{run}")
+
+
+def _flops(count: float) -> str:
+    """With three digits and a prefix."""
+    rounded = max(1.0, float(f"{count:.3g}"))
+    thousands = min(5, int(math.log10(rounded)) // 3)
+    return f"{rounded / 1000**thousands:.3g} {('', 'k', 'M', 'G', 'T', 'P')[thousands]}FLOP"
 
 
 def _count(number: int) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cifarlab import machine
 from cifarlab.data import color
 from cifarlab.errors import RecipeError
 from cifarlab.recipe_sections import Augment
@@ -30,6 +31,7 @@ class Draws:
     They don't depend on the resolution. None: not drawn.
     crop, translate: (N, 2), where the crop begins, rows then columns. flip: (N,), mirrored where below 1/2.
     policy: (N, operations, 3), jitter: (N, 8), cutout: (N, 2), erasing: (N, 5), as the functions of `color` take them.
+    Policy and jitter are on the CPU, as images that get the same operation are found there; the others on the device.
     """
 
     crop: Tensor | None = None
@@ -91,7 +93,7 @@ class Pipeline:
         self._unit, self._zero = torch.full((3,), 1 / 255, device=device), torch.zeros(3, device=device)
         self._unit_scale = (1 / deviation).float().to(device)
         if augment.policy is not None:
-            self._strengths = color.magnitudes(augment.policy, self.output_size).to(device)
+            self._strengths = color.magnitudes(augment.policy, self.output_size)
 
     @property
     def tta_shift(self) -> int:
@@ -109,9 +111,12 @@ class Pipeline:
         if augment.views is not None:
             epoch %= augment.views
 
-        def table(purpose: str, *shape: int, epoch: int = epoch) -> Tensor:
+        def host_table(purpose: str, *shape: int, epoch: int = epoch) -> Tensor:
             generator = torch.Generator().manual_seed(derive_seed(seed, purpose, epoch))
-            return torch.rand(count, *shape, generator=generator).to(self.device)
+            return torch.rand(count, *shape, generator=generator)
+
+        def table(purpose: str, *shape: int, epoch: int = epoch) -> Tensor:
+            return machine.upload(host_table(purpose, *shape, epoch=epoch), self.device)
 
         flip = None
         if augment.flip == "random":
@@ -126,19 +131,21 @@ class Pipeline:
             crop=table("crop", 2) if augment.crop_padding else None,
             flip=flip,
             translate=table("translate", 2) if augment.translate else None,
-            policy=table("policy", operations, 3) if augment.policy else None,
-            jitter=table("jitter", 8) if any(self._jitter) else None,
+            policy=host_table("policy", operations, 3) if augment.policy else None,
+            jitter=host_table("jitter", 8) if any(self._jitter) else None,
             cutout=table("cutout", 2) if augment.cutout else None,
             erasing=table("erasing", 5) if augment.erasing else None,
         )
 
     def train(self, pixels: Tensor, samples: Tensor, draws: Draws) -> Tensor:
-        """Augmented images, float32 (B, 3, *output_size), from uint8 (B, 3, H, W) and their sample indices (B,).
+        """Augmented images, float32 (B, 3, *output_size), from uint8 (B, 3, H, W) and their sample indices (B,), which
+        are on the CPU.
 
         In this order: resized, cropped or translated, mirrored, policy, colour jitter, normalised, cutout, erasing.
         The last two fill with 0, the mean.
         """
-        placed = self._placed(samples, draws)
+        rows = machine.upload(samples, self.device)
+        placed = self._placed(rows, draws)
         if draws.policy is None and draws.jitter is None:
             images = self._sample(pixels, placed, self._scale, self._offset)
         else:
@@ -151,9 +158,9 @@ class Pipeline:
                 images = color.color_jitter(images, draws.jitter[samples], self._jitter)
             images = images * self._unit_scale[:, None, None] + self._offset[:, None, None]
         if draws.cutout is not None:
-            images.masked_fill_(color.cutout(draws.cutout[samples], self._cutout, self.output_size), 0)
+            images.masked_fill_(color.cutout(draws.cutout[rows], self._cutout, self.output_size), 0)
         if draws.erasing is not None:
-            images.masked_fill_(color.erasing(draws.erasing[samples], self._augment.erasing, self.output_size), 0)
+            images.masked_fill_(color.erasing(draws.erasing[rows], self._augment.erasing, self.output_size), 0)
         return images
 
     def evaluate(self, pixels: Tensor, *, flip: bool = False, shift: tuple[int, int] = (0, 0)) -> Tensor:

@@ -21,8 +21,8 @@ from cifarlab.seeds import derive_seed
 
 
 class Batch(NamedTuple):
-    """pixels: uint8 (B, 3, H, W); labels: int64 (B,); samples: int64 (B,), indices into the images as they were found.
-    All on the training device."""
+    """pixels: uint8 (B, 3, H, W) and labels: int64 (B,), on the training device; samples: int64 (B,), indices into the
+    images as they were found, on the CPU, where what is looked up by them costs no wait for the device."""
 
     pixels: Tensor
     labels: Tensor
@@ -71,22 +71,22 @@ class ImageStore:
         """The images at `order` (int64 (K,), on the CPU), in that order, as `in_batches` divides it."""
         parts = in_batches(order, batch_size)
         if isinstance(self.pixels, Tensor):
-            for samples in (part.to(self.device) for part in parts):
-                yield Batch(self.pixels[samples], self.labels[samples], samples)
+            for samples in parts:
+                rows = machine.upload(samples, self.device)
+                yield Batch(self.pixels[rows], self.labels[rows], samples)
             return
-        pinned = self.device.type == "cuda"
         loader = DataLoader(
             _Rows(self.pixels),
             sampler=[part.numpy() for part in parts],
             batch_size=None,
             num_workers=self.workers,
-            pin_memory=pinned,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
         )
         try:
-            for part, pixels in zip(parts, loader, strict=True):
-                samples = part.to(self.device)
-                yield Batch(pixels.to(self.device, non_blocking=pinned), self.labels[samples], samples)
+            for samples, pixels in zip(parts, loader, strict=True):
+                labels = self.labels[machine.upload(samples, self.device)]
+                yield Batch(machine.upload(pixels, self.device), labels, samples)
         except (RuntimeError, EOFError, ConnectionError) as error:
             if (died := reader_died(error)) is None:
                 raise

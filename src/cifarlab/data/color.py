@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cifarlab import machine
+
 BINS = 31
 
 
@@ -205,8 +207,8 @@ def magnitudes(policy: Literal["trivial_augment", "rand_augment"], size: tuple[i
 def apply_policy(images: Tensor, draws: Tensor, strengths: Tensor, level: int | None) -> Tensor:
     """Images (B, 3, H, W) after one operation for each of the K rows of their draws, one after the other.
 
-    draws: (B, K, 3) in [0, 1): operation, bin, sign (negative below 1/2). strengths: what `magnitudes` gives.
-    level: the bin that is taken for all instead of the drawn one.
+    draws: (B, K, 3) in [0, 1), on the CPU: operation, bin, sign (negative below 1/2). strengths: what `magnitudes`
+    gives. level: the bin that is taken for all instead of the drawn one.
     """
     images = images.clone()
     for which, bin_, sign in (step.unbind(1) for step in draws.unbind(1)):
@@ -223,7 +225,8 @@ def color_jitter(images: Tensor, draws: Tensor, spans: Sequence[float]) -> Tenso
     """torchvision's ColorJitter for images (B, 3, H, W), with a random order of its four operations for each.
 
     spans: x for brightness, contrast and saturation, with factors from 1 - x to 1 + x, and for hue, with turns from -x
-    to x. draws: (B, 8) in [0, 1): an amount for each of the four, and a key for each that they are ordered by.
+    to x. draws: (B, 8) in [0, 1), on the CPU: an amount for each of the four, and a key for each that they are ordered
+    by.
     """
     used = [number for number, span in enumerate(spans) if span]
     operations = [JITTER[number][0] for number in used]
@@ -238,11 +241,12 @@ def color_jitter(images: Tensor, draws: Tensor, spans: Sequence[float]) -> Tenso
 def _apply(images: Tensor, operations: Sequence[Operation | None], chosen: Tensor, amount: Tensor) -> None:
     """Put each image (B, 3, H, W) through the operation with the number `chosen`, int64 (B,), in place.
 
-    Images are grouped first: one wait for the device in all, where a search for each operation's images would be one
-    wait each.
+    chosen, amount: on the CPU, where images are grouped: how many share an operation is known without a wait for the
+    device.
     """
-    groups = chosen.argsort(stable=True)
-    counts = (chosen[:, None] == torch.arange(len(operations), device=chosen.device)).sum(0).tolist()
+    counts = chosen.bincount(minlength=len(operations)).tolist()
+    groups = machine.upload(chosen.argsort(stable=True), images.device)
+    amount = machine.upload(amount, images.device)
     for operation, index in zip(operations, torch.split(groups, counts), strict=True):
         if operation is not None and len(index):
             images[index] = operation(images[index], amount[index])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cifarlab import machine
 from cifarlab.data.color import rectangles
 from cifarlab.seeds import derive_seed
 
@@ -50,7 +51,7 @@ def mix(pixels: Tensor, labels: Tensor, *, mixup: float, cutmix: float, seed: in
     share = np.where(blended, shares[0], 1 - (end - begin).prod(1) / size.prod()).astype(np.float32)
     # Drawn on the CPU, so the same for every device. The edges of a box: top, left, bottom, right.
     partner, own, blend, *edges = (
-        torch.from_numpy(drawn).to(pixels.device) for drawn in (order, share, blended, *begin.T, *end.T)
+        machine.upload(torch.from_numpy(drawn), pixels.device) for drawn in (order, share, blended, *begin.T, *end.T)
     )
     boxes = rectangles((height, width), *edges)
     weight = torch.where(blend[:, None, None, None], own[:, None, None, None], (~boxes).float())
