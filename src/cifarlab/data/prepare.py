@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cifarlab.data.dataset import Dataset, Images, Int64Array
+from cifarlab.data.dataset import Dataset, Images, Int64Array, let_go
 from cifarlab.data.facts import Facts, image_facts
 from cifarlab.data.leaks import Hashed, duplicate_groups, leak_report, twins
 from cifarlab.data.split import balanced_limit, stratified_split
@@ -97,7 +97,8 @@ def prepare(dataset: Dataset, section: Data, seed: int) -> Prepared:
     if section.limit is not None:
         index = balanced_limit(images.labels, index, section.limit, seed)
     train = Part(images, index)
-    mean, std = _mean_and_std(facts[index], values=images.pixels[0, 0].size)
+    mean, std = _mean_and_std(facts, index, values=images.pixels[0, 0].size)
+    let_go(facts)
     leaks = leak_report(
         Hashed(hashes[index], train.labels),
         Hashed(validation_hashes, validation.labels) if validation is not None else None,
@@ -131,14 +132,15 @@ def _facts(images: Images) -> Facts:
     return images.facts if images.facts is not None else image_facts(images.pixels)
 
 
-def _mean_and_std(facts: Facts, values: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(facts: Facts, index: Int64Array, values: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per channel, for pixels in [0, 1]; from integer sums, so the same to the last bit on every machine.
 
     values: how many a channel of an image has.
     """
-    count = len(facts) * values
+    count = len(index) * values
+    total, squares = (facts[name][index].sum(0).tolist() for name in ("sums", "squares"))
     mean, std = [], []
-    for t, s in zip(facts["sums"].sum(0).tolist(), facts["squares"].sum(0).tolist(), strict=True):
+    for t, s in zip(total, squares, strict=True):
         mean.append(t / count / 255)
         # Python's integers: exactly 0 for a channel that never changes, which is divided by 1 rather than by 0.
         std.append(math.sqrt(count * s - t * t) / count / 255 or 1.0)
