@@ -12,6 +12,7 @@ import torch
 
 from cifarlab.data.batches import ImageStore, epoch_order
 from cifarlab.data.dataset import Images
+from cifarlab.errors import DataError
 
 CPU = torch.device("cpu")
 
@@ -73,18 +74,40 @@ def test_a_read_only_map_that_fits_becomes_resident_without_touching_the_file(tm
     assert np.array_equal(images.pixels, some_images().pixels)
 
 
-def test_a_map_is_opened_again_in_a_worker_rather_than_copied_to_it(tmp_path: Path) -> None:
+def test_a_map_is_read_from_its_file_in_a_worker_rather_than_copied_to_it(tmp_path: Path) -> None:
     import pickle
 
-    from cifarlab.data.batches import _Rows
+    from cifarlab.data.batches import _rows
 
     images = on_disk(some_images(2000), tmp_path / "pixels")
-    sent = pickle.dumps(_Rows(images.pixels))
+    sent = pickle.dumps(_rows(images.pixels))
     assert len(sent) < 1000
     index = np.array([5, 1999, 0])
     assert np.array_equal(pickle.loads(sent)[index].numpy(), images.pixels[index])
+    offset = 1500 * 3 * 8 * 8
+    mapped = np.memmap(tmp_path / "pixels", np.uint8, "r", offset, (500, 3, 8, 8))
+    assert np.array_equal(pickle.loads(pickle.dumps(_rows(mapped)))[index % 500].numpy(), mapped[index % 500])
     part = images.pixels[1500:]  # says the same offset as the whole
-    assert np.array_equal(pickle.loads(pickle.dumps(_Rows(part)))[index[::2]].numpy(), part[index[::2]])
+    assert np.array_equal(pickle.loads(pickle.dumps(_rows(part)))[index[::2] % 500].numpy(), part[index[::2] % 500])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fault", ["cut", "gone"])
+def test_a_file_that_is_lost_while_it_is_streamed_is_one_sentence(tmp_path: Path, workers: int, fault: str) -> None:
+    path = tmp_path / "pixels"
+    store = ImageStore.of(on_disk(some_images(), path), CPU, memory=10, workers=workers)
+    if fault == "cut":
+        with path.open("r+b") as file:
+            file.truncate(52 * 3 * 8 * 8 + 1)
+    else:
+        path.unlink()
+    with pytest.raises(DataError) as raised:
+        list(store.batches(torch.arange(53), 8))
+    reason = "it has been cut short" if fault == "cut" else "No such file or directory"
+    assert str(raised.value) == (
+        f"{path}, from which the images are streamed, can't be read any more: {reason}; run again, and they are "
+        "decoded again"
+    )
 
 
 KILL_A_WORKER = """
@@ -92,6 +115,7 @@ import multiprocessing, os, signal, sys
 import numpy as np, torch
 from cifarlab.data.batches import ImageStore, reader_died
 from cifarlab.data.dataset import Images
+from cifarlab.errors import DataError
 images = Images(np.zeros((4000, 3, 8, 8), np.uint8), np.zeros(4000, np.int64))
 batches = ImageStore.of(images, torch.device("cpu"), memory=10, workers=1).batches(torch.arange(4000), 1)
 next(batches)

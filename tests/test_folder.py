@@ -2,20 +2,28 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import os
+import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from cifarlab import files
-from cifarlab.data import folder
-from cifarlab.data.dataset import Dataset, UInt8Array
+from cifarlab.data import folder, packed
+from cifarlab.data.batches import ImageStore
+from cifarlab.data.dataset import Dataset, UInt8Array, let_go
+from cifarlab.data.facts import image_facts
 from cifarlab.data.folder import read_folder
 from cifarlab.errors import DataError, StorageError
 
@@ -551,11 +559,40 @@ def test_a_name_that_is_not_utf8_is_no_trouble(root: Path, read: Read) -> None:
     assert note.encode().startswith(rb"  'cat/caf\udce9.png'")
 
 
-# ----------------------------------------------------------------- larger than memory
+# ----------------------------------------------------------------- the store
 
 
-def stores(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").iterdir())
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are decoded, as they are."""
+    names: list[str] = []
+    decode = folder._decode
+
+    def listed(path: Path, **options: Any) -> UInt8Array | str:
+        names.append(path.name)
+        return decode(path, **options)
+
+    monkeypatch.setattr(folder, "_decode", listed)
+    return names
+
+
+@pytest.fixture
+def ten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten files, one of them bad, in slices of two; the store's record is written after each."""
+    monkeypatch.setattr(folder, "SLICE", 2)
+    monkeypatch.setattr(packed, "BLOCKS", 1)
+    for seed in range(10):
+        save(picture(seed), tmp_path / "set" / ("cat" if seed < 5 else "dog") / f"{seed}.bmp")
+    (tmp_path / "set" / "cat" / "2.bmp").write_text("not an image")
+    return tmp_path / "set"
+
+
+EXPECTED = [0, 1, 3, 4, 5, 6, 7, 8, 9]
+
+
+def stored(tmp_path: Path, ending: str) -> Path:
+    (path,) = (tmp_path / "cache").glob(f"folder-*{ending}")
+    return path
 
 
 def test_a_set_above_the_limit_becomes_a_read_only_memory_map_of_the_same_pixels(
@@ -571,21 +608,42 @@ def test_a_set_above_the_limit_becomes_a_read_only_memory_map_of_the_same_pixels
     assert isinstance(mapped.train.pixels, np.memmap)
     assert mapped.content_hash() == inside.content_hash()
     assert mapped.notes == inside.notes
+    assert mapped.source == f"image folder {root}, packed in {stored(tmp_path, '.pixels')}"
     with pytest.raises(ValueError, match="read-only"):
         mapped.train.pixels[0] = 0
 
 
-def test_the_store_is_used_again_until_something_changes(
-    root: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_set_of_many_images_is_packed_whatever_the_limit(
+    ten: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: list[str] = []
-    decode = folder._decode
+    monkeypatch.setattr(folder, "PACKED_FROM", 11)
+    assert not isinstance(read(ten, bad_files="skip").train.pixels, np.memmap)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(folder, "PACKED_FROM", 10)
+    assert isinstance(read(ten, bad_files="skip").train.pixels, np.memmap)
 
-    def counting(path: Path, **options: Any) -> UInt8Array | str:
-        decoded.append(path.name)
-        return decode(path, **options)
 
-    monkeypatch.setattr(folder, "_decode", counting)
+def test_images_come_out_in_order_packed_or_not(ten: Path, read: Read) -> None:
+    expected = np.stack([planes(picture(seed)) for seed in EXPECTED])
+    for limit in (None, 0):
+        dataset = read(ten, bad_files="skip", memory_limit=limit)
+        assert np.array_equal(dataset.train.pixels, expected)
+
+
+def test_the_parts_of_a_store_are_those_of_the_folder(root: Path, read: Read, tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "val", "test")):
+        for seed in range(3):
+            save(picture(10 * number + seed), tmp_path / "parts" / part / ("cat" if seed else "dog") / f"{seed}.png")
+    inside, mapped = (read(tmp_path / "parts", memory_limit=limit) for limit in (None, 0))
+    assert mapped.recorded_hash == inside.content_hash()
+    pairs = ((inside.train, mapped.train), (inside.validation, mapped.validation), (inside.test, mapped.test))
+    for one, other in pairs:
+        assert one is not None and other is not None and other.facts is not None
+        assert np.array_equal(one.pixels, other.pixels)
+        assert np.array_equal(image_facts(one.pixels), other.facts)
+
+
+def test_the_store_is_used_again_until_something_changes(root: Path, read: Read, decoded: list[str]) -> None:
     (root / "cat" / "0.png").write_text("not an image")
     first = read(root, memory_limit=0, bad_files="skip")
     assert len(decoded) == 3
@@ -601,41 +659,68 @@ def test_the_store_is_used_again_until_something_changes(
     read(root, memory_limit=0, bad_files="skip", interpolation="bicubic")
     read(root, memory_limit=0, bad_files="skip", size=8)
     assert len(decoded) == 12
-    # Same name, same number of bytes, another content: the modification time tells.
-    status = (root / "cat" / "1.png").stat()
-    os.utime(root / "cat" / "1.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    read(root, memory_limit=0, bad_files="skip")
-    assert len(decoded) == 15
+    save(picture(5), root / "dog" / "5.png")
+    assert len(read(root, memory_limit=0, bad_files="skip").train) == 3
+    assert len(decoded) == 16
+    (root / "cat" / "0.png").unlink()
+    assert len(read(root, memory_limit=0, bad_files="skip").train) == 3
+    assert len(decoded) == 19
+    (root / "dog" / "5.png").rename(root / "cat" / "5.png")
+    assert read(root, memory_limit=0).train.labels.tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("fault", ["pixels", "record"])
-def test_a_store_whose_writing_was_stopped_is_made_again(
-    root: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+def test_an_image_that_is_replaced_by_one_of_the_same_size_and_time_is_noticed(root: Path, read: Read) -> None:
+    for seed in (3, 4):
+        os.utime(save(picture(seed), root / "ant" / f"{seed}.bmp"), ns=(0, 0))
+    first = read(root, memory_limit=0)
+    (root / "ant" / "3.bmp").rename(root / "ant" / "5.bmp")
+    (root / "ant" / "4.bmp").rename(root / "ant" / "3.bmp")
+    (root / "ant" / "5.bmp").rename(root / "ant" / "4.bmp")
+    second = read(root, memory_limit=0)
+    assert np.array_equal(second.train.pixels[:2], first.train.pixels[:2][::-1])
+
+
+def test_what_is_touched_or_copied_elsewhere_is_not_decoded_again(
+    root: Path, read: Read, tmp_path: Path, decoded: list[str]
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    first = read(root, memory_limit=0)
+    os.utime(root / "cat" / "1.png", ns=(0, 0))
+    shutil.copytree(root, tmp_path / "elsewhere" / "copy")
+    for place in (root, tmp_path / "elsewhere" / "copy"):
+        assert read(place, memory_limit=0).content_hash() == first.content_hash()
+    assert len(decoded) == 2
 
-    with monkeypatch.context() as patch:
-        if fault == "pixels":
-            patch.setattr(os, "fsync", fail)
-        else:
-            patch.setattr(files, "write_json", lambda *_: (_ for _ in ()).throw(StorageError("full")))
-        with pytest.raises(StorageError):
-            read(root, memory_limit=0)
-    # No temporary file is left, and pixels without a record don't count.
-    assert [path.suffix for path in stores(tmp_path)] == ([] if fault == "pixels" else [".pixels"])
+
+def test_the_same_bytes_under_another_label_are_another_dataset(root: Path, read: Read) -> None:
+    save(picture(3), root / "dog" / "2.png")
+    read(root, memory_limit=0)
+    (root / "dog" / "1.png").rename(root / "cat" / "2.png")
+    assert read(root, memory_limit=0).content_hash() == read(root).content_hash()
+    (root / "dog").rename(root / "eel")
     assert read(root, memory_limit=0).content_hash() == read(root).content_hash()
 
 
-@pytest.mark.parametrize("suffix", [".pixels", ".json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_store_is_made_again(root: Path, read: Read, tmp_path: Path, suffix: str, damage: str) -> None:
-    read(root, memory_limit=0)
-    store = next(path for path in stores(tmp_path) if path.suffix == suffix)
-    if damage == "gone":
-        store.unlink()
-    else:
-        store.write_bytes(store.read_bytes()[:-7])
+def test_files_are_read_again_only_where_their_listing_has_changed(
+    root: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read(root, memory_limit=0)
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"{path} is read again")
+
+    monkeypatch.setattr(folder, "_digest", refuse)
+    assert read(root, memory_limit=0).content_hash() == first.content_hash()
+    os.utime(root / "cat" / "1.png", ns=(0, 0))
+    with pytest.raises(AssertionError, match="is read again"):
+        read(root, memory_limit=0)
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(root: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, digest = folder._decode, folder._digest
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_digest", lambda path: digest(path) if "cat" in str(path) else None)
+        patch.setattr(folder, "_decode", lambda path, **to: decode(path, **to) if "cat" in str(path) else "refused")
+        assert "'dog/1.png' (refused)" in refusal(read, root, memory_limit=0)
     assert read(root, memory_limit=0).content_hash() == read(root).content_hash()
 
 
@@ -648,17 +733,191 @@ def test_two_folders_with_the_same_names_and_times_share_no_store(root: Path, re
     assert one.content_hash() != two.content_hash()
 
 
-def test_more_images_than_a_slice_come_out_in_order(
-    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    ten: Path, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "SLICE", 3)
-    for seed in range(10):
-        save(picture(seed), tmp_path / "set" / ("cat" if seed < 5 else "dog") / f"{seed}.png")
-    (tmp_path / "set" / "cat" / "2.png").write_text("not an image")
-    expected = np.stack([planes(picture(seed)) for seed in range(10) if seed != 2])
-    for limit in (None, 0):
-        dataset = read(tmp_path / "set", bad_files="skip", memory_limit=limit)
-        assert np.array_equal(dataset.train.pixels, expected)
+    decode = folder._decode
+
+    def write(path: Path, **options: Any) -> UInt8Array | str:
+        if path.name == "7.bmp":
+            save(picture(0, 5, 5), path)
+        return decode(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_decode", write)
+        assert "7.bmp was changed or removed while" in refusal(read, ten, memory_limit=0, bad_files="skip")
+    assert read(ten, memory_limit=0, bad_files="skip").content_hash() == read(ten, bad_files="skip").content_hash()
+
+
+# ----------------------------------------------------------------- the store, when things go wrong
+
+
+class Killed(BaseException):
+    """What ends the process at once."""
+
+
+@pytest.mark.parametrize("after", range(0, 10, 3))
+def test_after_a_crash_midway_the_next_run_goes_on_from_the_last_flush(
+    ten: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str], after: int
+) -> None:
+    decode = folder._decode
+
+    def die(path: Path, **options: Any) -> UInt8Array | str:
+        if path.name == f"{after}.bmp":
+            raise Killed
+        return decode(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_decode", die)
+        with pytest.raises(Killed):
+            read(ten, memory_limit=0, bad_files="skip")
+    with stored(tmp_path, ".pixels").open("ab") as file:
+        file.write(b"what was not flushed is anything")
+    decoded.clear()
+    lines: list[str] = []
+    dataset = read(ten, memory_limit=0, bad_files="skip", report=lines.append)
+    flushed = after - after % 2
+    assert sorted(decoded) == [f"{seed}.bmp" for seed in range(flushed, 10)]
+    assert lines[0].startswith(f"going on after {flushed} of 10 images" if flushed else "packing 10 images into")
+    assert np.array_equal(dataset.train.pixels, np.stack([planes(picture(seed)) for seed in EXPECTED]))
+    assert dataset.content_hash() == read(ten, bad_files="skip").content_hash()
+
+
+@pytest.mark.parametrize("write", range(9))
+def test_wherever_writing_fails_no_half_store_is_taken_for_whole(
+    ten: Path, read: Read, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    fsync = os.fsync
+    count = 0
+
+    def fail(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count > write:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StorageError, match="the disk is full"):
+            read(ten, memory_limit=0, bad_files="skip")
+    assert read(ten, memory_limit=0, bad_files="skip").content_hash() == read(ten, bad_files="skip").content_hash()
+
+
+@pytest.mark.parametrize("ending", [".pixels", ".json", ".facts.npy"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "nonsense"])
+def test_a_damaged_store_is_mended(root: Path, read: Read, tmp_path: Path, ending: str, damage: str) -> None:
+    read(root, memory_limit=0)
+    path = stored(tmp_path, ending)
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        path.write_bytes(b"[7]".ljust(path.stat().st_size))
+    mended = read(root, memory_limit=0)
+    assert np.array_equal(mended.train.pixels, read(root).train.pixels)
+    assert mended.train.facts is not None
+    assert np.array_equal(mended.train.facts, image_facts(mended.train.pixels))
+    assert mended.content_hash() == read(root).content_hash()
+
+
+def test_a_store_that_was_copied_is_checked_and_used(
+    root: Path, read: Read, tmp_path: Path, decoded: list[str]
+) -> None:
+    first = read(root, memory_limit=0)
+    for path in (tmp_path / "cache").iterdir():
+        os.utime(path, ns=(0, 0))
+    assert read(root, memory_limit=0).content_hash() == first.content_hash()
+    assert len(decoded) == 2
+
+
+def test_the_limit_decides_what_happens_where_the_cache_cannot_be_written(
+    ten: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "PACKED_FROM", 10)
+    (tmp_path / "cache").write_text("a file stands where the folder would be")
+    lines: list[str] = []
+    dataset = read(ten, bad_files="skip", report=lines.append)
+    assert np.array_equal(dataset.train.pixels, np.stack([planes(picture(seed)) for seed in EXPECTED]))
+    assert lines[0].startswith(f"cannot create the folder {tmp_path / 'cache'}: a file stands where")
+    assert lines[0].endswith("the images are decoded by every run, into memory")
+    with pytest.raises(StorageError, match="a file stands where"):
+        read(ten, bad_files="skip", memory_limit=0)
+
+
+def test_nothing_is_packed_where_it_would_not_fit(
+    ten: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 3 * SIZE * SIZE - 1))
+    with pytest.raises(StorageError, match="0 MB of free space, and the decoded images need 0 MB"):
+        read(ten, memory_limit=0)
+    assert not decoded
+
+
+def test_of_two_runs_one_packs_and_the_other_waits_and_says_so(
+    ten: Path, read: Read, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
+    packing, waiting = threading.Event(), threading.Event()
+    decode = folder._decode
+
+    def slowly(path: Path, **options: Any) -> UInt8Array | str:
+        packing.set()
+        assert waiting.wait(60)
+        return decode(path, **options)
+
+    def tell(line: str) -> None:
+        assert line.startswith("another run is packing these images into ")
+        waiting.set()
+
+    monkeypatch.setattr(folder, "_decode", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(read, ten, memory_limit=0, bad_files="skip")
+        assert packing.wait(60)
+        second = read(ten, memory_limit=0, bad_files="skip", report=tell)
+        assert second.content_hash() == first.result().content_hash()
+    assert len(decoded) == 10
+
+
+def test_progress_is_told_now_and_then(ten: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.count(step=4.0)  # seconds: a look at the clock at the beginning of a task and for each slice
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    lines: list[str] = []
+    with pytest.raises(DataError, match="1 bad file"):
+        read(ten, memory_limit=0, report=lines.append)
+    path = stored(ten.parent, ".pixels")
+    assert lines == [
+        "hashed 6 of 10 images, 0 a second",
+        f"packing 10 images into {path}, 0 MB",
+        "packed 6 of 10 images, 0 a second",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much of a file is in memory")
+def test_no_more_of_a_store_stays_in_memory_than_is_being_looked_at(root: Path, read: Read, tmp_path: Path) -> None:
+    for seed in range(40):
+        save(picture(seed, 256, 256), root / "eel" / f"{seed}.bmp")
+    dataset = read(root, memory_limit=0, size=256)
+    path = stored(tmp_path, ".pixels")
+
+    def resident() -> int:
+        """Bytes of the store that count as this process's memory."""
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        found = [next(line for line in lines if line.startswith("Rss:")) for line in lines if line.endswith(str(path))]
+        assert found
+        return sum(int(line.split()[1]) * 1024 for line in found)
+
+    assert resident() == 0  # packed, looked through for the record, hashed
+    assert dataset.train.pixels.nbytes == 42 * 3 * 256 * 256 and dataset.train.pixels.max() == 255
+    assert resident() > 40 * 3 * 256 * 256
+    replace(dataset, recorded_hash=None).content_hash()
+    assert resident() == 0
+    for workers in (0, 1):
+        streamed = ImageStore.of(dataset.train, torch.device("cpu"), memory=10, workers=workers)
+        pixels = torch.cat([batch.pixels for batch in streamed.batches(torch.arange(42), 8)])
+        assert resident() == 0
+        assert np.array_equal(pixels, dataset.train.pixels)
+        let_go(dataset.train.pixels)
 
 
 def test_the_folder_may_be_the_current_one(root: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:

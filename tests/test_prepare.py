@@ -209,7 +209,7 @@ def test_large_images_are_measured_a_few_at_a_time(monkeypatch: pytest.MonkeyPat
     train = images(40, 1, side=30)
     whole = prepare(dataset(train), Data(), seed=0)
     for slice_bytes in (1, 3 * 30 * 30 * 7, 10**9):
-        monkeypatch.setattr("cifarlab.data.prepare.SLICE_BYTES", slice_bytes)
+        monkeypatch.setattr("cifarlab.data.facts.SLICE_BYTES", slice_bytes)
         prepared = prepare(dataset(train), Data(), seed=0)
         assert (prepared.mean, prepared.std) == (whole.mean, whole.std)  # to the last bit
     np.testing.assert_allclose(whole.std, reference(whole.train)[1], rtol=1e-12)

@@ -112,12 +112,14 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def continuing(path: Path, start: int) -> Iterator[IO[bytes]]:
-    """Open a partial file to go on after its first `start` bytes, which are all that it has; 0 begins it anew.
+    """Open a partial file to go on after its first `start` bytes; any others are dropped, so 0 begins it anew.
 
     What was written is flushed to the disk at the end. Raises StorageError where the operating system refuses.
     """
     try:
-        with path.open("ab" if start else "wb") as file:
+        with path.open("r+b" if start else "wb") as file:
+            file.truncate(start)
+            file.seek(start)
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +17,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from cifarlab import machine
-from cifarlab.data.dataset import Images, Int64Array, UInt8Array
-from cifarlab.errors import RunError
+from cifarlab.data.dataset import Images, Int64Array, UInt8Array, let_go
+from cifarlab.errors import DataError, RunError
 from cifarlab.seeds import derive_seed
 
 
@@ -53,6 +55,7 @@ class ImageStore:
         if images.pixels.nbytes <= limit or (in_place and memory is None):
             # A copy where torch could not share the memory: read-only arrays and maps.
             pixels = torch.from_numpy(np.require(images.pixels, requirements=["C", "W"])).to(device)
+            let_go(images.pixels)
         return cls(pixels, torch.from_numpy(images.labels.copy()).to(device), device, workers)
 
     def __len__(self) -> int:
@@ -68,7 +71,10 @@ class ImageStore:
         return self.pixels.shape[2], self.pixels.shape[3]
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Batch]:
-        """The images at `order` (int64 (K,), on the CPU), in that order, as `in_batches` divides it."""
+        """The images at `order` (int64 (K,), on the CPU), in that order, as `in_batches` divides it.
+
+        Raises RunError where a process that reads images dies, DataError where their file can't be read any more.
+        """
         parts = in_batches(order, batch_size)
         if isinstance(self.pixels, Tensor):
             for samples in parts:
@@ -76,7 +82,7 @@ class ImageStore:
                 yield Batch(self.pixels[rows], self.labels[rows], samples)
             return
         loader = DataLoader(
-            _Rows(self.pixels),
+            _rows(self.pixels),
             sampler=[part.numpy() for part in parts],
             batch_size=None,
             num_workers=self.workers,
@@ -91,6 +97,8 @@ class ImageStore:
             if (died := reader_died(error)) is None:
                 raise
             raise died from error
+        except DataError as error:  # a worker's comes with its traceback
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
 
 
 def in_batches(order: Tensor, batch_size: int) -> tuple[Tensor, ...]:
@@ -127,29 +135,49 @@ def reader_died(error: Exception) -> RunError | None:
     )
 
 
-class _Rows(TorchDataset[Tensor]):
-    """Rows of an array, for worker processes. A memory map is opened again there, never copied to them."""
+def _rows(pixels: UInt8Array) -> _Rows | _FileRows:
+    """Rows of an array, for worker processes; those of a whole memory map by reading its file."""
+    # A part of a map says the offset of the whole.
+    base: object = pixels.base
+    if isinstance(pixels, np.memmap) and isinstance(base, mmap.mmap):
+        return _FileRows(Path(str(pixels.filename)), pixels.offset, pixels.shape[1:])
+    return _Rows(pixels)
 
+
+class _Rows(TorchDataset[Tensor]):
     def __init__(self, pixels: UInt8Array) -> None:
         self._pixels = pixels
 
     def __getitem__(self, index: Int64Array) -> Tensor:
         return torch.from_numpy(self._pixels[index])  # indexing by an array copies
 
-    def __reduce__(self) -> tuple[object, ...]:
-        pixels = self._pixels
-        # A slice of a map says the offset of the whole: only the whole can be found again by it.
-        base: object = pixels.base
-        if isinstance(pixels, np.memmap) and isinstance(base, mmap.mmap):
-            return _open_rows, (pixels.filename, pixels.offset, pixels.shape)
-        return _Rows, (pixels,)
+
+class _FileRows(TorchDataset[Tensor]):
+    """Read by calls, not through the map: a page that is looked at brings along up to some hundred others, and they all
+    count as this process's memory. It is no slower."""
+
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...]) -> None:
+        self._path, self._offset, self._shape = path, offset, shape
+
+    def __getitem__(self, index: Int64Array) -> Tensor:
+        rows = np.empty((len(index), *self._shape), np.uint8)
+        size = math.prod(self._shape)
+        try:
+            # Opened for each batch: processes that share an open file would share its position.
+            with self._path.open("rb", buffering=0) as file:
+                for row, position in zip(rows.reshape(len(rows), size), index.tolist(), strict=True):
+                    file.seek(self._offset + position * size)
+                    if file.readinto(row.data) != size:
+                        raise OSError(0, "it has been cut short")
+        except OSError as error:
+            raise DataError(
+                f"{self._path}, from which the images are streamed, can't be read any more: "
+                f"{error.strerror or error}; run again, and they are decoded again"
+            ) from error
+        return torch.from_numpy(rows)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the training process finishes its step, and needs images for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _open_rows(filename: str, offset: int, shape: tuple[int, ...]) -> _Rows:
-    return _Rows(np.memmap(filename, dtype=np.uint8, mode="r", offset=offset, shape=shape))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +23,12 @@ class Images:
 
     pixels: uint8, (N, 3, H, W), RGB planes; an ordinary array, or a read-only memory map.
     labels: int64, (N,), class indices.
+    facts: what `facts.image_facts` finds out about the pixels, where that is on record; None where it isn't.
     """
 
     pixels: UInt8Array
     labels: Int64Array
+    facts: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.shape[1] != 3 or self.pixels.dtype != np.uint8:
@@ -48,7 +52,7 @@ class Dataset:
 
     `validation` and `test` are None where the source has none. `source` says in words where the bytes came from
     ("python files in /data/cifar-10-batches-py"); `notes` are findings that the user should see (skipped files);
-    `folder` is where CIFAR's files were looked for.
+    `folder` is where CIFAR's files were looked for; `recorded_hash` is the content hash, where that is on record.
     """
 
     name: str
@@ -59,9 +63,12 @@ class Dataset:
     source: str
     notes: tuple[str, ...] = field(default=())
     folder: Path | None = field(default=None)
+    recorded_hash: str | None = field(default=None)
 
     def content_hash(self) -> str:
         """SHA-256 over class names, pixels and labels of all parts: equal data, equal hash, wherever it was read."""
+        if self.recorded_hash is not None:
+            return self.recorded_hash
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for part in (self.train, self.validation, self.test):
             digest.update(b"\0part" if part is None else repr(part.pixels.shape).encode())
@@ -69,5 +76,19 @@ class Dataset:
                 # In slices, so that a memory map larger than memory can be hashed.
                 for start in range(0, len(part), 4096):
                     digest.update(np.ascontiguousarray(part.pixels[start : start + 4096]).data)
+                    let_go(part.pixels)
                 digest.update(np.ascontiguousarray(part.labels).data)
         return digest.hexdigest()
+
+
+def let_go(pixels: NDArray[Any]) -> None:
+    """Take what was read of a read-only memory map out of this process's memory; it stays in the system's file cache.
+
+    Else all that was ever read would count as resident. Other arrays are left as they are.
+    """
+    owner: object = pixels
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    # A map that may be written to could lose what was written. Windows has no such call.
+    if isinstance(owner, mmap.mmap) and not pixels.flags.writeable and hasattr(owner, "madvise"):
+        owner.madvise(mmap.MADV_DONTNEED)

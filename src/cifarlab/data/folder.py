@@ -9,17 +9,22 @@ Whatever a picture is, it becomes three planes of 8 bits, by fixed rules:
   profiles are not applied;
 - then it is fitted to size x size by an antialiased filter. A JPEG that is many times larger is decoded at a half,
   a quarter or an eighth, as long as at least twice `size` is left.
+
+Decoding takes a millisecond an image, each time. So the pixels of larger folders are packed into a store in the cache
+(`packed`), named by a hash of what they are made from: the files' labels and bytes, and the arguments. To read all of
+them at each start would take minutes too, so that hash is remembered beside one of the folder's listing: names, sizes,
+times of modification, and ctime, which no program sets at will, so that whatever is replaced is noticed. Files that
+were touched or copied, or moved with their folder, are read once more, and not decoded again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,9 +35,11 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cifarlab import files
+from cifarlab import files, remembered
 from cifarlab.data.dataset import Dataset, Images, UInt8Array
-from cifarlab.errors import DataError
+from cifarlab.data.packed import Block, Store, Ticker, packed
+from cifarlab.download import Report
+from cifarlab.errors import DataError, StorageError
 
 Fit = Literal["crop", "pad", "stretch"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -50,17 +57,21 @@ LITTER = frozenset(("__MACOSX", "@eaDir"))
 
 # Images decoded between two writes: bounds the memory of a set that is larger than memory.
 SLICE = 256
+# Folders of so many images are packed; fewer are decoded in a second or two, and need no place in the cache.
+PACKED_FROM = 1000
 # Part of the store's key: raise it when the rules above change.
-STORE_VERSION = 1
+STORE_VERSION = 2
 
 
 class _File(NamedTuple):
-    path: Path
+    """`relative` to the root; a Path would take five times the memory, and there may be a million."""
+
     relative: str
     part: str
     label: int
     bytes: int
     mtime_ns: int
+    ctime_ns: int
 
 
 @dataclass
@@ -87,6 +98,7 @@ def read_folder(
     bad_files: BadFiles = "refuse",
     memory_limit: int | None = None,
     workers: int | None = None,
+    report: Report = lambda line: None,
 ) -> Dataset:
     """Read a folder of class folders as a Dataset of uint8 (N, 3, size, size).
 
@@ -95,51 +107,57 @@ def read_folder(
     `fit`: "crop" resizes the short side to `size` and crops the centre, "pad" resizes the long side and pads with
     black, "stretch" resizes both. `bad_files`: what cannot be read, an image above Pillow's decompression-bomb limit,
     a link that leads out of `root` and what is not a regular file are all listed, in one error or ("skip") the notes.
-    Above `memory_limit` (bytes) the pixels become a memory-mapped file in `cache`, found again next time as long as
-    names, sizes, modification times and these arguments stay the same. `workers`: decoding threads, None for all cores.
+    From 1,000 images on, or above `memory_limit` (bytes), the pixels become a memory-mapped file in `cache`, which is
+    found again as long as classes, images and these arguments stay the same, wherever the folder is. Below the limit
+    they are read into memory instead, each time, where the cache cannot be written.
+    `workers`: decoding threads, None for all cores.
 
     Raises DataError for a missing, empty or unreadable folder, fewer than two classes, a class without images, parts
-    with different classes, and bad files; StorageError where the cache cannot be written.
+    with different classes, bad files, and a file that changes meanwhile; StorageError where the cache cannot be
+    written and the images are above the limit.
     """
     scan = _scan(root)
     decode = partial(_decode, size=size, fit=fit, interpolation=interpolation)
-    decode_all = partial(_decode_all, scan.files, decode, workers or os.cpu_count() or 1)
-    if memory_limit is not None and len(scan.files) * 3 * size * size > memory_limit:
-        key = _content_key(root, scan.files, size, fit, interpolation)
-        store, bad, damaged = _store(cache / f"folder-{key}", 3 * size * size, len(scan.files), decode_all)
+    shape, threads = (3, size, size), workers or os.cpu_count() or 1
+    blocks = partial(_blocks, scan, decode, shape, threads)
+    too_large = memory_limit is not None and len(scan.files) * 3 * size * size > memory_limit
+    store: Store | None = None
+    if too_large or len(scan.files) >= PACKED_FROM:
+        key = _key(_content(scan, threads, report), size, fit, interpolation)
+        try:
+            store = packed(cache / f"folder-{key}", len(scan.files), shape, blocks, report)
+        except StorageError as error:
+            if too_large:
+                raise
+            report(f"{error}; until then the images are decoded by every run, into memory")
+    if store is not None:
+        bad, damaged = store.record.bad, store.record.damaged
     else:
-        store = np.empty((len(scan.files), 3, size, size), np.uint8)
-        count = 0
-
-        def keep(block: UInt8Array) -> None:
-            nonlocal count
-            store[count : count + len(block)] = block
-            count += len(block)
-
-        bad, damaged = decode_all(keep)
+        pixels, bad, damaged = _in_memory(blocks(0), len(scan.files), shape, report)
 
     all_bad = scan.bad | {scan.files[position].relative: reason for position, reason in bad.items()}
     if all_bad and bad_files == "refuse":
         raise DataError(_complaint(root, all_bad))
     good = [file for position, file in enumerate(scan.files) if position not in bad]
     _refuse_empty_classes(scan, good)
-    pixels = store.reshape(-1, 3, size, size)[: len(good)]
 
     images: dict[str, Images] = {}
     start = 0
     for part in scan.parts:
         labels = np.array([file.label for file in good if file.part == part], np.int64)
-        images[part] = Images(pixels[start : start + len(labels)], labels)
-        start += len(labels)
-    return Dataset(
+        end = start + len(labels)
+        images[part] = store.images(start, labels) if store is not None else Images(pixels[start:end], labels)
+        start = end
+    dataset = Dataset(
         name=Path(os.path.realpath(root)).name or "folder",
         classes=scan.classes,
         train=images["train"],
         validation=images.get("validation"),
         test=images.get("test"),
-        source=f"image folder {root}",
+        source=f"image folder {root}" + (f", packed in {store.path}.pixels" if store is not None else ""),
         notes=(*scan.notes, *_notes(scan, all_bad, damaged)),
     )
+    return dataset if store is None else store.with_content_hash(dataset)
 
 
 def folder_classes(root: Path) -> tuple[str, ...]:
@@ -252,7 +270,8 @@ def _walk(scan: _Scan, folder: Path, part: str, label: int) -> None:
                 # Opening a named pipe or a device would wait for its other end.
                 scan.bad[relative] = "not a regular file"
             else:
-                scan.files.append(_File(path, relative, part, label, status.st_size, status.st_mtime_ns))
+                times = status.st_mtime_ns, status.st_ctime_ns
+                scan.files.append(_File(relative, part, label, status.st_size, *times))
         stack += reversed(inner)
 
 
@@ -322,9 +341,6 @@ def _is_litter(name: str) -> bool:
 
 # ----------------------------------------------------------------- pixels
 
-_Found = tuple[dict[int, str], list[str]]
-_DecodeAll = Callable[[Callable[[UInt8Array], object]], _Found]
-
 
 def _decode(path: Path, *, size: int, fit: Fit, interpolation: Interpolation) -> UInt8Array | str:
     """One image as uint8 (3, size, size), or what is wrong with the file."""
@@ -372,60 +388,101 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode_all(
-    found: list[_File], decode: Callable[[Path], UInt8Array | str], workers: int, write: Callable[[UInt8Array], object]
-) -> _Found:
-    """Decode in order and hand slices of the good images to `write`.
+def _blocks(
+    scan: _Scan,
+    decode: Callable[[Path], UInt8Array | str],
+    shape: tuple[int, int, int],
+    threads: int,
+    start: int,
+) -> Iterator[Block]:
+    """Decode the files from the one at `start` on. Raises DataError where one is no longer what was listed."""
 
-    Returns what is wrong with the bad ones, by position in `found`, and Pillow's warnings about damaged metadata.
-    """
-    bad: dict[int, str] = {}
+    def unchanged(file: _File) -> UInt8Array | str:
+        path = scan.root / file.relative
+        image = decode(path)
+        status = _status(path)
+        if status is None or (status.st_size, status.st_mtime_ns) != (file.bytes, file.mtime_ns):
+            raise DataError(
+                f"{path} was changed or removed while {scan.root} was read; run again once nobody writes to it"
+            )
+        return image
+
     # Decoders register themselves on first use, and warning filters belong to the process: not for threads to do.
     Image.init()
-    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("always", UserWarning)
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for start in range(0, len(found), SLICE):
-            block = found[start : start + SLICE]
-            good = []
-            for position, result in enumerate(pool.map(decode, [file.path for file in block]), start):
-                if isinstance(result, str):
-                    bad[position] = result
-                else:
-                    good.append(result)
-            if good:
-                write(np.stack(good))
-    return bad, [str(warning.message) for warning in caught]
+    with ThreadPoolExecutor(threads) as pool:
+        for begin in range(start, len(scan.files), SLICE):
+            block = scan.files[begin : begin + SLICE]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                results = list(pool.map(unchanged, block))
+            good = [image for image in results if not isinstance(image, str)]
+            yield Block(
+                len(block),
+                np.stack(good) if good else np.empty((0, *shape), np.uint8),
+                {begin + position: reason for position, reason in enumerate(results) if isinstance(reason, str)},
+                Counter(str(warning.message) for warning in caught),
+            )
 
 
-def _content_key(root: Path, found: list[_File], size: int, fit: Fit, interpolation: Interpolation) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((STORE_VERSION, PIL.__version__, os.path.realpath(root), size, fit, interpolation)).encode())
-    for file in found:
-        digest.update(repr((file.relative, file.bytes, file.mtime_ns)).encode())
-    return digest.hexdigest()
+def _in_memory(
+    blocks: Iterator[Block], count: int, shape: tuple[int, int, int], report: Report
+) -> tuple[UInt8Array, dict[int, str], Counter[str]]:
+    """The good images, uint8 (G, 3, H, W), what is wrong with the others, and warnings."""
+    pixels = np.empty((count, *shape), np.uint8)
+    bad: dict[int, str] = {}
+    damaged: Counter[str] = Counter()
+    good = done = 0
+    tick = Ticker("decoded", count, report)
+    for block in blocks:
+        pixels[good : good + len(block.pixels)] = block.pixels
+        good += len(block.pixels)
+        bad.update(block.bad)
+        damaged.update(block.damaged)
+        tick(done := done + block.images)
+    return pixels[:good], bad, damaged
 
 
-def _store(
-    path: Path, image_bytes: int, count: int, decode_all: _DecodeAll
-) -> tuple[UInt8Array, dict[int, str], list[str]]:
-    """The pixels as a memory-mapped file, written unless it is there already; and what `_decode_all` returned then."""
-    pixels, record = path.with_suffix(".pixels"), path.with_suffix(".json")
+# ----------------------------------------------------------------- the store's key
+
+
+def _content(scan: _Scan, threads: int, report: Report) -> str:
+    """A hash of all files' labels and bytes, in order; remembered for as long as nothing of the listing changes."""
+    listing = hashlib.blake2b(repr(scan.classes).encode(), digest_size=16)
+    for file in scan.files:
+        listing.update(repr(file).encode())
+    key = {"content of": os.path.realpath(scan.root)}
+    known = remembered.recall(key)
+    if isinstance(known, dict) and known.get("listing") == listing.hexdigest():
+        return str(known["content"])
+    content = hashlib.blake2b(repr(scan.classes).encode(), digest_size=16)
+    all_readable = True
+    tick = Ticker("hashed", len(scan.files), report)
+    with ThreadPoolExecutor(threads) as pool:
+        for begin in range(0, len(scan.files), SLICE):
+            block = scan.files[begin : begin + SLICE]
+            digests = pool.map(_digest, [scan.root / file.relative for file in block])
+            for file, digest in zip(block, digests, strict=True):
+                content.update(repr((file.part, file.label, digest)).encode())
+                all_readable = all_readable and digest is not None
+            tick(begin + len(block))
+    if all_readable:  # what could not be read may be another time, without a change
+        remembered.remember(key, {"listing": listing.hexdigest(), "content": content.hexdigest()})
+    return content.hexdigest()
+
+
+def _digest(path: Path) -> str | None:
+    """Of a file's bytes; None where they can't be read: such a file is listed later, with all that is bad."""
     try:
-        saved = json.loads(record.read_bytes())
-        bad, damaged = dict(saved["bad"]), saved["damaged"]
-        whole = pixels.stat().st_size == (count - len(bad)) * image_bytes
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        files.make_folder(path.parent)
-        with files.replacing(pixels) as out:
-            bad, damaged = decode_all(lambda block: out.write(block.data))
-        # Written last: a store without its record was interrupted, and is made again.
-        files.write_json(record, {"bad": list(bad.items()), "damaged": damaged})
-    if len(bad) == count:
-        return np.empty(0, np.uint8), bad, damaged
-    return np.memmap(pixels, np.uint8, "r"), bad, damaged
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return None
+
+
+def _key(content: str, size: int, fit: Fit, interpolation: Interpolation) -> str:
+    made_by = (STORE_VERSION, PIL.__version__, content, size, fit, interpolation)
+    return hashlib.blake2b(repr(made_by).encode(), digest_size=16).hexdigest()
 
 
 # ----------------------------------------------------------------- sentences
@@ -440,7 +497,7 @@ def _complaint(root: Path, bad: dict[str, str], most: int = 3) -> str:
     )
 
 
-def _notes(scan: _Scan, bad: dict[str, str], damaged: list[str]) -> list[str]:
+def _notes(scan: _Scan, bad: dict[str, str], damaged: Counter[str]) -> list[str]:
     notes = []
     if scan.loose:
         notes.append(f"left out {_counted(scan.loose, 'file')} outside the class folders")
@@ -450,8 +507,8 @@ def _notes(scan: _Scan, bad: dict[str, str], damaged: list[str]) -> list[str]:
         notes.append(f"left out what is no image by its name: {kinds}{more}")
     if damaged:
         notes.append(
-            f"{_counted(len(damaged), 'warning')} of damaged metadata in images that were read all the same, perhaps "
-            f"without their orientation; one of them: {min(damaged)}"
+            f"{_counted(damaged.total(), 'warning')} of damaged metadata in images that were read all the same, "
+            f"perhaps without their orientation; one of them: {min(damaged)}"
         )
     if bad:
         notes.append(f"left out {_counted(len(bad), 'bad file')}:")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarlab import files
-from cifarlab.data.dataset import Images, Int64Array, UInt8Array
+from cifarlab.data.dataset import Images, Int64Array, UInt8Array, let_go
 
 Hashes = NDArray[np.uint64]
 Float32Array = NDArray[np.float32]
@@ -55,6 +55,7 @@ def pixel_hashes(pixels: UInt8Array) -> Hashes:
         block = np.ascontiguousarray(pixels[start : start + SLICE])
         for image in block.reshape(len(block), -1):
             digests += hashlib.blake2b(image.data, digest_size=16).digest()
+        let_go(pixels)
     return np.frombuffer(bytes(digests), "<u8").astype(np.uint64).reshape(-1, 2)
 
 
@@ -158,6 +159,7 @@ def _thumbnails(pixels: UInt8Array) -> Float32Array:
         norm = np.linalg.norm(detail, axis=1, keepdims=True)
         flat = norm < FLAT * np.sqrt(detail.shape[1])
         rows[start : start + SLICE] = np.where(flat, 0, detail / np.where(flat, 1, norm))
+        let_go(pixels)
     return rows
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from cifarlab.data.dataset import Dataset, Images, Int64Array
-from cifarlab.data.leaks import Hashed, duplicate_groups, leak_report, pixel_hashes, twins
+from cifarlab.data.dataset import Dataset, Images, Int64Array, let_go
+from cifarlab.data.facts import Facts, image_facts
+from cifarlab.data.leaks import Hashed, duplicate_groups, leak_report, twins
 from cifarlab.data.split import balanced_limit, stratified_split
 from cifarlab.errors import DataError
 from cifarlab.recipe_sections import Data
 
 TEST_SHARE = 0.2
-# Pixels read at a time, so that a memory map larger than memory can be measured; large images count as well.
-SLICE_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +58,15 @@ def prepare(dataset: Dataset, section: Data, seed: int) -> Prepared:
     the training side.
     """
     images = dataset.train
-    hashes = pixel_hashes(images.pixels)
+    facts = _facts(images)
+    hashes = facts["hash"]
     groups = duplicate_groups(hashes)
     index = np.arange(len(images), dtype=np.int64)
     notes = list(dataset.notes)
 
     if dataset.test is not None:
         test = _whole(dataset.test)
-        test_hashes = pixel_hashes(dataset.test.pixels)
+        test_hashes = _facts(dataset.test)["hash"]
     else:
         index, held_out = stratified_split(images.labels, groups, TEST_SHARE, seed=0, purpose="test-split")
         test, test_hashes = Part(images, held_out), hashes[held_out]
@@ -77,7 +77,7 @@ def prepare(dataset: Dataset, section: Data, seed: int) -> Prepared:
         notes.append(f"data.validation is 0: the source's {len(dataset.validation):,} validation images are not used")
     if section.validation > 0 and dataset.validation is not None:
         validation = _whole(dataset.validation)
-        validation_hashes = pixel_hashes(dataset.validation.pixels)
+        validation_hashes = _facts(dataset.validation)["hash"]
         repeated = twins(hashes[index], validation_hashes)
         if len(repeated):
             notes.append(f"{len(repeated):,} training images left out: they stand in the validation set too")
@@ -97,7 +97,8 @@ def prepare(dataset: Dataset, section: Data, seed: int) -> Prepared:
     if section.limit is not None:
         index = balanced_limit(images.labels, index, section.limit, seed)
     train = Part(images, index)
-    mean, std = _mean_and_std(train)
+    mean, std = _mean_and_std(facts, index, values=images.pixels[0, 0].size)
+    let_go(facts)
     leaks = leak_report(
         Hashed(hashes[index], train.labels),
         Hashed(validation_hashes, validation.labels) if validation is not None else None,
@@ -127,18 +128,19 @@ def _index_hash(part: Part) -> str:
     return hashlib.sha256(part.index.astype("<i8").tobytes()).hexdigest()
 
 
-def _mean_and_std(part: Part) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per channel, for values in [0, 1]; from integer sums, so the same to the last bit on every machine."""
-    height, width = part.images.pixels.shape[2:]
-    total, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
-    step = max(1, SLICE_BYTES // (3 * height * width))
-    for start in range(0, len(part), step):
-        pixels = part.images.pixels[part.index[start : start + step]]
-        total += pixels.sum((0, 2, 3), dtype=np.uint64)
-        squares += np.square(pixels, dtype=np.uint32).sum((0, 2, 3), dtype=np.uint64)
-    count = len(part) * height * width
+def _facts(images: Images) -> Facts:
+    return images.facts if images.facts is not None else image_facts(images.pixels)
+
+
+def _mean_and_std(facts: Facts, index: Int64Array, values: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, for pixels in [0, 1]; from integer sums, so the same to the last bit on every machine.
+
+    values: how many a channel of an image has.
+    """
+    count = len(index) * values
+    total, squares = (facts[name][index].sum(0).tolist() for name in ("sums", "squares"))
     mean, std = [], []
-    for t, s in zip(total.tolist(), squares.tolist(), strict=True):
+    for t, s in zip(total, squares, strict=True):
         mean.append(t / count / 255)
         # Python's integers: exactly 0 for a channel that never changes, which is divided by 1 rather than by 0.
         std.append(math.sqrt(count * s - t * t) / count / 255 or 1.0)

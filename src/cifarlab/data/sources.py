@@ -38,6 +38,7 @@ def load_dataset(name: str, section: Data, resolution: int | None, folder: Path 
             bad_files=section.bad_files,
             memory_limit=machine.available_memory() // 2 if section.memory is None else section.memory * 1_000_000,
             cache=cache_folder(),
+            report=report,
         )
     if folder is not None and not files.is_folder(folder):
         raise DataError(
