@@ -36,7 +36,7 @@ ORDER = (
     "data.dataset",
     "data.unpickle",
     "data.cifar",
-    "data.cifar_download",
+    "data.cifar_download data.cifar_kept",
     "data.folder data.digits data.leaks data.split",
     "data.sources",
     "data.prepare",
