@@ -21,6 +21,7 @@ ORDER = (
     "cifarlab",
     "errors",
     "files",
+    "background",
     "seeds",
     "recipe_base",
     "recipe_schedule",
