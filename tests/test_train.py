@@ -139,7 +139,7 @@ def test_running_the_written_recipe_again_gives_the_same_bits(tmp_path: Path, mo
     settings = ["augment.flip=random", "schedule.name=cosine", "optimizer.lr=0.00123456789"]
     first = run(tmp_path / "a", *settings, monkeypatch=monkeypatch)
     again = load_recipe(str(first.path / "recipe.yaml"))
-    assert again == recipe(*settings)
+    assert again == recipe(*settings, "evaluate.batch_size=1024")
     second = experiment.run_experiment(
         again.resolved(dataset=again.datasets[0], seed=again.seed), make_dataset(), runs=tmp_path / "b", device=CPU,
         display=Quiet(), stop=StopRequest(), process_started=0.0, report=lambda _: None,

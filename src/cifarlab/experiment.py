@@ -16,7 +16,7 @@ import torch
 
 from cifarlab import __version__, files, machine, metrics, numerics, plots
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
-from cifarlab.choices import Decided, decide
+from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import Part, Prepared, prepare
@@ -205,6 +205,7 @@ def score_run(
                 f"(content hash {str(data.get('content_hash'))[:12]}…) than the one found, "
                 f"{dataset.source} ({prepared.record['content_hash'][:12]}…); give the folder of the first with --data"
             )
+        recipe = with_evaluation_batch(recipe, prepared, device)
         return _score(run, recipe, prepared, device, process_started=None, tta=asked)
 
 
@@ -242,7 +243,7 @@ def _score(
 
     def look(part: Part, images: ImageStore, mode: Tta) -> Predictions:
         samples = torch.from_numpy(part.index)
-        return predict(network, images, samples, pipeline, recipe.evaluate.batch_size, tta=mode, seed=recipe.seed)
+        return predict(network, images, samples, pipeline, recipe.evaluate.batch, tta=mode, seed=recipe.seed)
 
     chosen = _recorded_tta(run) if tta == recipe.evaluate.tta else None
     if chosen is None and tta is not None:

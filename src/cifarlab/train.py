@@ -409,7 +409,7 @@ def train(
     model.load_state_dict(run.load_checkpoint("best.pth")["model"])
     if task.validation is not None and task.train_sample is not None:
         validation = validate(network, task, recipe)
-        sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch_size)
+        sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch)
         run.write_predictions("validation_predictions.npz", **validation.arrays())
         log["overfitting_gap"] = sample.accuracy() - validation.accuracy()
         if recipe.evaluate.tta is not None:
@@ -600,7 +600,7 @@ def validate(network: Classifier, task: Task, recipe: Recipe, tta: Tta = None) -
         task.validation_store,
         task.validation,
         task.pipeline,
-        recipe.evaluate.batch_size,
+        recipe.evaluate.batch,
         tta=tta,
         seed=recipe.seed,
         remember="validation",
