@@ -14,7 +14,10 @@ from cifarlab.bench.measure import Pair, measure
 from cifarlab.recipe import load_recipe
 from command import call
 
-OVERRIDES = ["train.batch_size=32", "train.numerics=exact", "train.checkpoint_every=null", "evaluate.test=false"]
+OVERRIDES = [
+    "train.batch_size=32", "train.numerics=exact", "train.checkpoint_every=null", "evaluate.test=false",
+    "evaluate.batch_size=500",
+]  # fmt: skip
 
 
 def job() -> Job:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cifarlab import choices, machine, numerics, remembered, train
+from cifarlab import choices, experiment, files, machine, numerics, remembered, train
 from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError, RunError
@@ -226,3 +226,49 @@ def test_a_run_writes_down_the_batch_that_it_chose(tmp_path: Path, monkeypatch: 
 def test_other_batch_sizes_are_refused(value: str) -> None:
     with pytest.raises(RecipeError, match=r"train\.batch_size: expected a number of images from 1 on, or auto"):
         load_recipe("ex1", [f"train.batch_size={value}"])
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "overrides", "expected"),
+    [
+        ("cpu", 2**40, [], 1024),
+        ("cpu", 2**40, ["train.resolution=128"], 64),
+        ("cpu", 2**40, ["train.resolution=[[0, 16], [0.5, 64]]"], 256),
+        ("cpu", 2**40, ["evaluate.resolution=256"], 16),
+        ("cpu", 2**40, ["evaluate.resolution=2048"], 1),
+        ("cpu", 2**40, ["evaluate.batch_size=7"], 7),
+        ("cuda", 2 * 2**30, ["train.resolution=128"], 64),
+        ("cuda", 8 * 2**30, ["train.resolution=128"], 128),
+        ("cuda", 80 * 2**30, ["train.resolution=128"], 512),
+        ("cuda", 80 * 2**30, [], 8192),
+    ],
+)
+def test_an_evaluation_batch_goes_by_the_images_and_a_gpu_s_memory_and_by_no_clock(
+    device: str, memory: int, overrides: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "total_memory", lambda _: memory)
+    plan = load_recipe("ex1", overrides).resolved(dataset="digits", seed=0)
+    prepared = prepare(make_dataset(), plan.data, 0)
+    decided = choices.decide(plan, prepared, torch.device(device), None, lambda _: None)
+    assert decided.recipe.evaluate.batch == expected
+    assert decided == choices.Decided(decided.recipe, None, None)  # nothing was measured
+
+
+def test_a_run_writes_its_evaluation_batch_down_and_repetitions_are_told_by_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path, "train.epochs=1", monkeypatch=monkeypatch)
+    assert folder.recipe().evaluate.batch_size == 1024
+    plan = load_recipe("ex1", [*SMALL, "train.epochs=1"]).resolved(dataset="digits", seed=0)
+    assert plan.evaluate.batch_size == "auto" and plan.fingerprint() == folder.recipe().fingerprint()
+    with pytest.raises(RecipeError, match=r"evaluate\.batch_size: expected a number of images from 1 on, or auto"):
+        load_recipe("ex1", ["evaluate.batch_size=0"])
+    with pytest.raises(ValueError, match="has not been decided yet"):
+        plan.evaluate.batch  # noqa: B018
+    # A recipe that somebody has changed, or written by hand.
+    files.write_text(folder.path / "recipe.yaml", plan.to_yaml())
+    again = experiment.score_run(folder.path, data_folder=None, device=CPU, report=lambda _: None)
+    assert again["test_looks"] == 2

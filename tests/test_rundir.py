@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from cifarlab import files
 from cifarlab.errors import NotARunError, RunError, StorageError
 from cifarlab.recipe import Recipe, load_recipe
-from cifarlab.rundir import RunFolder, dataset_folder_name, find_runs
+from cifarlab.rundir import RunFolder, dataset_folder_name, find_runs, serialized
 
 NOW = datetime(2026, 11, 23, 21, 25, 0)
 
@@ -290,7 +290,7 @@ def state() -> dict[str, Any]:
 def test_a_checkpoint_comes_back_as_it_was_saved(run: RunFolder) -> None:
     import torch
 
-    run.save_checkpoint("best.pth", state())
+    run.save_checkpoint("best.pth", serialized(state()))
     read = run.load_checkpoint("best.pth")
     assert torch.equal(read.pop("model")["w"], state()["model"]["w"])
     assert read == {"step": 3, "epochs": [{"val_loss": None}], "mean": [0.5]}
@@ -407,12 +407,11 @@ def test_a_disk_that_fills_up_during_a_checkpoint_is_named_and_the_old_one_stays
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data)
 
-    run.save_checkpoint("best.pth", state())
+    run.save_checkpoint("best.pth", serialized(state()))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: io.BufferedWriter(FullDisk(path, "x"), 64))
-        # torch tells it as "[enforce fail at inline_container.cc:672] unexpected pos 704 vs 598".
         with pytest.raises(StorageError, match=r"cannot write .*best\.pth: the disk is full; free some space"):
-            run.save_checkpoint("best.pth", {"model": torch.zeros(100_000)})
+            run.save_checkpoint("best.pth", serialized({"model": torch.zeros(100_000)}))
     assert run.load_checkpoint("best.pth")["step"] == 3
     assert not list(run.path.glob(".*"))
 
@@ -427,7 +426,7 @@ def test_an_error_of_torch_that_is_not_the_disks_passes_through(
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(RuntimeError, match="mine"):
-        run.save_checkpoint("best.pth", {})
+        run.save_checkpoint("best.pth", serialized({}))
     assert not (run.path / "best.pth").exists()
 
 

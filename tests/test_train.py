@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cifarlab import build, experiment, machine, plots
+from cifarlab import build, experiment, files, machine, plots
 from cifarlab.data.batches import epoch_order
 from cifarlab.data.dataset import Dataset, Images
 from cifarlab.data.prepare import prepare
@@ -137,7 +139,7 @@ def test_running_the_written_recipe_again_gives_the_same_bits(tmp_path: Path, mo
     settings = ["augment.flip=random", "schedule.name=cosine", "optimizer.lr=0.00123456789"]
     first = run(tmp_path / "a", *settings, monkeypatch=monkeypatch)
     again = load_recipe(str(first.path / "recipe.yaml"))
-    assert again == recipe(*settings)
+    assert again == recipe(*settings, "evaluate.batch_size=1024")
     second = experiment.run_experiment(
         again.resolved(dataset=again.datasets[0], seed=again.seed), make_dataset(), runs=tmp_path / "b", device=CPU,
         display=Quiet(), stop=StopRequest(), process_started=0.0, report=lambda _: None,
@@ -328,26 +330,94 @@ def test_a_stop_finishes_the_step_saves_and_leaves_the_test_set_alone(
     assert not stop.listening
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_leaves_what_was_there(
+@pytest.mark.parametrize(("name", "nth"), [("epoch-1.pth", 1), ("best.pth", 2), ("train.json", 3)])
+def test_a_disk_that_fills_up_is_one_sentence_and_what_was_there_stays_and_agrees(
+    name: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file it happens to, train.json speaks of the best.pth that is there."""
+    opened: list[Path] = []
+
+    class FullDisk(io.FileIO):
+        def write(self, data: Any) -> int:
+            super().write(memoryview(data)[:10])
+            raise OSError(28, "No space left on device")
+
+    def open_(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if mode == "xb" and path.name.startswith(f".{name}."):
+            opened.append(path)
+            if len(opened) == nth:
+                return FullDisk(path, "x")
+        return open_before(path, mode, *rest, **named)
+
+    open_before = Path.open
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(StorageError, match=rf"cannot write .*{name}: the disk is full"):
+        run(tmp_path, "train.checkpoint_every.epochs=1", "data.validation=0.3", monkeypatch=monkeypatch)
+    folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
+    log = folder.train_log()
+    assert log["status"] == "failed" and "the disk is full" in log["error"]
+    assert not list(folder.path.glob(".*")) and not list(folder.path.glob("epoch-3.pth"))
+    if log["best_epoch"] is not None:
+        assert folder.load_checkpoint("best.pth")["epoch"] == log["best_epoch"] == 1
+
+
+def test_training_goes_on_while_the_disk_is_busy_and_what_it_writes_then_is_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch.save
-    saved: list[int] = []
+    """The disk takes nothing more from the first best.pth on until the second epoch is over."""
+    settings = ["train.checkpoint_every.epochs=1", "train.keep=5", "train.ema=0.9"]
+    expected = run(tmp_path / "a", *settings, monkeypatch=monkeypatch).load_checkpoint("epoch-1.pth")
+    write, further = files.write_bytes, threading.Event()
+    logs: list[dict[str, Any]] = []
 
-    def full(state: Any, file: Any) -> None:
-        saved.append(1)
-        if len(saved) == 2:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        save(state, file)
+    def slow_disk(path: Path, data: Any) -> None:
+        assert path.name != "best.pth" or further.wait(60)
+        if path.name == "train.json":
+            logs.append(json.loads(data))
+        write(path, data)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(StorageError, match=r"cannot write .*epoch-1\.pth: the disk is full"):
-        run(tmp_path, "train.checkpoint_every.epochs=1", monkeypatch=monkeypatch)
+    class Ahead(Quiet):
+        def epoch(self, entry: dict[str, Any], epochs: float) -> None:
+            if entry["epoch"] == 2:
+                assert not list(tmp_path.glob("b/**/*.pth"))
+                further.set()
+
+    monkeypatch.setattr(files, "write_bytes", slow_disk)
+    found = run(tmp_path / "b", *settings, display=Ahead(), monkeypatch=monkeypatch)
+    state = found.load_checkpoint("epoch-1.pth")
+    for tensors in ("model", "average", "optimizer"):
+        torch.testing.assert_close(state[tensors], expected[tensors], rtol=0, atol=0)
+    assert without_times({"epochs": state["epochs"]}) == without_times({"epochs": expected["epochs"]})
+    assert all(state[name] == expected[name] for name in ("step", "best", "sums", "images"))
+    assert state["step"] == 6 and len(state["epochs"]) == 1
+    assert [len(log["epochs"]) for log in logs] == [0, 0, 1, 2, 3, 3]
+    assert logs[2]["best_epoch"] == 1 and [log["status"] for log in logs] == ["running"] * 5 + ["finished"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), DivergedError("mine")])
+def test_however_a_run_ends_what_was_to_be_written_is_and_its_status_comes_last(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, ending = files.write_bytes, threading.Event()
+
+    def slow_disk(path: Path, data: Any) -> None:
+        assert threading.current_thread() is threading.main_thread() or ending.wait(60)
+        write(path, data)
+
+    def end(progress: Progress) -> None:
+        if progress.step == 8:
+            ending.set()
+            raise error
+
+    monkeypatch.setattr(files, "write_bytes", slow_disk)
+    with pytest.raises(type(error)):
+        run(tmp_path, "train.checkpoint_every.epochs=1", display=Quiet(end), monkeypatch=monkeypatch)
     folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
-    assert folder.train_log()["status"] == "failed"
-    assert folder.load_checkpoint("best.pth")["epoch"] == 1
-    assert not list(folder.path.glob(".*")) and not list(folder.path.glob("epoch-*"))
+    log = folder.train_log()
+    assert log["status"] == ("failed" if isinstance(error, DivergedError) else "stopped")
+    assert len(log["epochs"]) == log["best_epoch"] == 1
+    assert folder.load_checkpoint("epoch-1.pth")["step"] == folder.load_checkpoint("best.pth")["step"] == 6
+    assert not list(folder.path.glob(".*"))
 
 
 def test_memory_that_runs_out_is_one_sentence_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,16 +431,14 @@ def test_memory_that_runs_out_is_one_sentence_with_advice(tmp_path: Path, monkey
 def test_tensorboard_has_the_log_s_curves_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    live: list[int] = []
-
     def look(progress: Progress) -> None:
-        if progress.step == 13:  # in the third epoch of three
+        live = 0
+        while progress.step == 13 and live < 2:  # in the third epoch of three; written beside it
             events = EventAccumulator(str(next(tmp_path.rglob("train.json")).parent))
             events.Reload()
-            live.append(len(events.Scalars("loss/train")))
+            live = len(events.Scalars("loss/train")) if events.Tags()["scalars"] else 0
 
     folder = run(tmp_path, display=Quiet(look), monkeypatch=monkeypatch)
-    assert live == [2]
     events = EventAccumulator(str(folder.path))
     events.Reload()
     epochs = folder.train_log()["epochs"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cifarlab import __version__, files, machine, metrics, numerics, plots
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
-from cifarlab.choices import Decided, decide
+from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import Prepared, prepare
@@ -209,6 +209,7 @@ def score_run(
                 f"(content hash {str(data.get('content_hash'))[:12]}…) than the one found, "
                 f"{dataset.source} ({prepared.record['content_hash'][:12]}…); give the folder of the first with --data"
             )
+        recipe = with_evaluation_batch(recipe, prepared, device)
         return _score(run, recipe, prepared, device, process_started=None, tta=asked)
 
 
@@ -245,7 +246,7 @@ def _score(
         raise NotARunError(f"{run.path / 'test.json'} is damaged: 'test_looks' is not a number")
 
     def look(images: ImageStore, samples: Tensor, mode: Tta) -> Predictions:
-        return predict(network, images, samples, pipeline, recipe.evaluate.batch_size, tta=mode, seed=recipe.seed)
+        return predict(network, images, samples, pipeline, recipe.evaluate.batch, tta=mode, seed=recipe.seed)
 
     def look_again(images: ImageStore, plain: Predictions, mode: Tta) -> Predictions:
         return with_tta(plain, mode, recipe.evaluate.tta_below, partial(look, images))

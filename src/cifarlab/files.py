@@ -92,7 +92,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink()  # it has gone where all went well
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file, or leave what was there. Raises StorageError."""
     with replacing(path) as file:
         file.write(data)

@@ -299,9 +299,10 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What decides speed and bits here, JSON-ready: device, CPU capability, threads, versions."""
+    import importlib.metadata
+
     import numpy
     import torch
-    import torchvision
 
     return {
         **identity(device),
@@ -311,7 +312,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory": int(psutil.virtual_memory().total),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "torchvision": torchvision.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),  # a run may not need it, and it is slow to import
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }

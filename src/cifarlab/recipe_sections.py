@@ -352,4 +352,13 @@ class Evaluate(Section):
         None, ge=1, le=MAX_SIDE, description="side of images in evaluation; null: the last of train.resolution"
     )
     test: Boolean = Field(True, description="score the test set once, at the end")
-    batch_size: Integer = Field(500, ge=1, description="images in an evaluation batch")
+    batch_size: Annotated[Integer | Literal["auto"], BeforeValidator(_check_batch_size)] = Field(
+        "auto", description="images in an evaluation batch; auto: by their size, and by the memory of a GPU"
+    )
+
+    @property
+    def batch(self) -> int:
+        """`batch_size`, once it is decided."""
+        if self.batch_size == "auto":
+            raise ValueError("evaluate.batch_size 'auto' has not been decided yet")
+        return self.batch_size

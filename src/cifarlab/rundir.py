@@ -11,6 +11,7 @@ Nothing here imports torch until a checkpoint is read or written, so that tables
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -123,18 +124,9 @@ class RunFolder:
 
     # --- checkpoints ---
 
-    def save_checkpoint(self, name: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint with torch.save. Raises StorageError."""
-        import torch
-
-        with files.replacing(self.path / name) as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:
-                # torch puts an error of its own in front of what the operating system said.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
+    def save_checkpoint(self, name: str, state: memoryview) -> None:
+        """Write a checkpoint, given as `serialized`. Raises StorageError."""
+        files.write_bytes(self.path / name, state)
 
     def load_checkpoint(self, name: str) -> dict[str, Any]:
         """Read a checkpoint onto the CPU with `weights_only=True`: nothing in it is executed. Raises NotARunError."""
@@ -188,6 +180,15 @@ class RunFolder:
         if not isinstance(values, dict):
             raise NotARunError(f"{self.path / name} is damaged: expected a JSON object")
         return values
+
+
+def serialized(state: dict[str, Any]) -> memoryview:
+    """A checkpoint as the bytes of a file, as torch.save makes it: what becomes of the tensors is nothing to them."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 def _refuse_constant(name: str) -> NoReturn:

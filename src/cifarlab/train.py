@@ -7,19 +7,22 @@ images, their random draws and the learning rate follow from it.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifarlab import files, machine
+from cifarlab.background import Writer
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import mix
@@ -32,13 +35,9 @@ from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import Recipe
-from cifarlab.rundir import RunFolder
+from cifarlab.rundir import RunFolder, serialized
 from cifarlab.schedule import values as schedule_values
 from cifarlab.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 # `--profile` looks at so many steps, after so many others.
 PROFILE_STEPS, PROFILE_AFTER = 10, 5
@@ -259,7 +258,7 @@ def train(
         "tta": None,
     }
 
-    def write_log(status: str) -> None:
+    def log_so_far(status: str) -> dict[str, Any]:
         log["status"] = status
         log["finished"] = None if status == "running" else _now()
         log["best_epoch"] = best["epoch"] if best else None
@@ -273,13 +272,14 @@ def train(
         log["flops_per_second"] = done / clock.seconds if done is not None and clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
         log["frozen_stages"] = network.frozen.record() if network.frozen is not None else None
-        run.write_train_log(log)
+        return copy.deepcopy(log)
 
     def save(name: str, module: nn.Module, **state: Any) -> None:
         # A gradient can overflow while the loss it came from is finite.
         if not all(torch.isfinite(value).all() for value in module.state_dict().values()):
             raise DivergedError(_diverged(f"the weights became NaN or infinite by step {step}", run))
-        run.save_checkpoint(name, {**task.description, "step": step, "model": module.state_dict(), **state})
+        whole = serialized({**task.description, "step": step, "model": module.state_dict(), **state})
+        writer.do(partial(run.save_checkpoint, name, whole))
 
     def save_to_go_on(name: str) -> None:
         nonlocal saved_step, saved_at
@@ -301,14 +301,19 @@ def train(
             flops=flops.total(),
             accumulate=fitting_backward.accumulate,
         )
-        run.keep_latest(section.keep)
+        writer.do(partial(run.keep_latest, section.keep))
 
     freeze_backbone(model, stages, frozen=step < thaw_step)
     set_mode(model, stages, backbone=step < thaw_step)
     batches = make_batches(recipe, task, step, total_steps)
     began = time.perf_counter()
-    write_log("running")
-    with _board(run) as board, stop.listen(), _profiler(run, task.device, profile, display) as profiled:
+    with (
+        _board(run) as add_to_board,
+        Writer() as writer,
+        stop.listen(),
+        _profiler(run, task.device, profile, display) as profiled,
+    ):
+        writer.do(partial(run.write_train_log, log_so_far("running")))
         while True:
             # Evaluate, at the end of an epoch and of the run.
             if sums.images and (step % steps_per_epoch == 0 or step == total_steps):
@@ -336,8 +341,8 @@ def train(
                 if best and section.early_stopping and len(epochs) - best["epoch"] >= section.early_stopping:
                     log["stopped_early"] = step < total_steps
                     last_step = step
-                _write_scalars(board, entry, step)
-                write_log("running")
+                writer.do(partial(add_to_board, entry, step))
+                writer.do(partial(run.write_train_log, log_so_far("running")))
                 display.epoch(entry, section.epochs)
                 epoch_began = clock.seconds
                 sums = EpochSums(task.device)
@@ -352,7 +357,7 @@ def train(
                 if step > saved_step:
                     save_to_go_on(f"step-{step}.pth")
                 clock.stop()
-                write_log("stopped")
+                writer.do(partial(run.write_train_log, log_so_far("stopped")))
                 return
 
             # Step.
@@ -417,7 +422,7 @@ def train(
     model.load_state_dict(run.load_checkpoint("best.pth")["model"])
     if task.validation is not None and task.train_sample is not None:
         validation = validate(network, task, recipe)
-        sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch_size)
+        sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch)
         run.write_predictions("validation_predictions.npz", **validation.arrays())
         log["overfitting_gap"] = sample.accuracy() - validation.accuracy()
         if recipe.evaluate.tta is not None:
@@ -431,7 +436,7 @@ def train(
                     lambda samples, mode: validate(network, task, recipe, samples, mode),
                 ),
             )
-    write_log("finished")
+    run.write_train_log(log_so_far("finished"))
 
 
 def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | None) -> None:
@@ -622,7 +627,7 @@ def validate(
         task.validation_store,
         samples if samples is not None else task.validation,
         task.pipeline,
-        recipe.evaluate.batch_size,
+        recipe.evaluate.batch,
         tta=tta,
         seed=recipe.seed,
         remember="validation",
@@ -697,13 +702,18 @@ def _diverged(what: str, run: RunFolder) -> str:
 
 
 @contextlib.contextmanager
-def _board(run: RunFolder) -> Iterator[SummaryWriter]:
-    """TensorBoard's writer into the run folder, its errors as StorageError."""
-    from torch.utils.tensorboard import SummaryWriter  # a second to import
+def _board(run: RunFolder) -> Iterator[Callable[[dict[str, Any], int], None]]:
+    """Gives what writes an epoch's entry, with its step, for TensorBoard; the first opens it. Errors: StorageError."""
+
+    @functools.cache
+    def board() -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+        return opened.enter_context(SummaryWriter(log_dir=str(run.path)))
 
     try:
-        with SummaryWriter(log_dir=str(run.path)) as board:
-            yield board
+        with contextlib.ExitStack() as opened:
+            yield lambda entry, step: _write_scalars(board(), entry, step)
     except OSError as error:
         raise files.explain("write TensorBoard's events into", run.path, error) from error
 
@@ -734,7 +744,7 @@ def _profiler(run: RunFolder, device: torch.device, asked: bool, display: Displa
         display.report(f"no profile: the run has fewer than {PROFILE_AFTER + 2} steps")
 
 
-def _write_scalars(board: SummaryWriter, entry: dict[str, Any], step: int) -> None:
+def _write_scalars(board: Any, entry: dict[str, Any], step: int) -> None:
     scalars = {
         "loss/train": entry["train_loss"],
         "loss/validation": entry["val_loss"],

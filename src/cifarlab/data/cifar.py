@@ -26,6 +26,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,19 @@ class Contents:
     classes: tuple[str, ...]
     train: Split
     test: Split
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A dataset that is there in one of the forms, not read yet.
+
+    source: says in words what was found. packed: the files that have to be unpacked, an archive or the Hub's parquet;
+    none where a folder holds plain files. read: raises DataError, as `read_cifar` does.
+    """
+
     source: str
+    packed: tuple[Path, ...]
+    read: Callable[[], Contents]
 
 
 def lookup(name: str) -> Cifar:
@@ -169,9 +182,12 @@ def read_cifar(name: str, folder: Path) -> Dataset | None:
     Raises DataError where something is there but is damaged, incomplete or unreadable.
     """
     cifar = lookup(name)
-    contents = read_contents(cifar, folder)
-    if contents is None:
-        return None
+    found = find(cifar, folder)
+    return None if found is None else make_dataset(cifar, found.read(), found.source)
+
+
+def make_dataset(cifar: Cifar, contents: Contents, source: str) -> Dataset:
+    """The dataset without superclasses; a note says where it is not as large as the official one."""
     train, test = (
         Images(split.pixels.reshape(-1, 3, 32, 32), split.labels) for split in (contents.train, contents.test)
     )
@@ -181,11 +197,17 @@ def read_cifar(name: str, folder: Path) -> Dataset | None:
             f"this {cifar.title} has {len(train):,} training and {len(test):,} test images; "
             "the official one has 50,000 and 10,000"
         )
-    return Dataset(name, contents.classes, train, None, test, contents.source, tuple(notes))
+    return Dataset(cifar.name, contents.classes, train, None, test, source, tuple(notes))
 
 
 def read_contents(cifar: Cifar, folder: Path) -> Contents | None:
     """Like `read_cifar`, with the superclasses."""
+    found = find(cifar, folder)
+    return None if found is None else found.read()
+
+
+def find(cifar: Cifar, folder: Path) -> Found | None:
+    """What `read_cifar` would read. Raises DataError for what can't be read, or has parts missing."""
     try:
         present = {path.name for path in folder.iterdir()}
     except FileNotFoundError:
@@ -195,18 +217,18 @@ def read_contents(cifar: Cifar, folder: Path) -> Contents | None:
     except OSError as error:
         raise _unreadable(folder, error) from error
 
-    for subfolder, read in ((cifar.python_folder, _read_python), (cifar.binary_folder, _read_binary)):
+    forms = (("python", cifar.python_folder, _read_python), ("binary", cifar.binary_folder, _read_binary))
+    for form, name, read in forms:
         # A cached download of an earlier run is complete or not there at all, so what is incomplete is the user's.
-        if subfolder in present and (folder / subfolder).is_dir():
-            return read(cifar, _Folder(folder / subfolder))
-        if folder.absolute().name == subfolder:
-            return read(cifar, _Folder(folder))
-    for archive, subfolder, read in zip(
-        cifar.archives, (cifar.python_folder, cifar.binary_folder), (_read_python, _read_binary), strict=True
-    ):
+        is_inside = name in present and (folder / name).is_dir()
+        if is_inside or folder.absolute().name == name:
+            plain = _Folder(folder / name if is_inside else folder)
+            return Found(f"{form} files in {plain.path}{plain.origin()}", (), partial(read, cifar, plain))
+    for archive, (form, name, read) in zip(cifar.archives, forms, strict=True):
         if archive in present:
-            return read(cifar, _Archive(folder / archive, subfolder))
-    return _read_parquet(cifar, folder)
+            path = folder / archive
+            return Found(f"{form} files in {path}", (path,), partial(read, cifar, _Archive(path, name)))
+    return _find_parquet(cifar, folder)
 
 
 # --- Where bytes come from: a folder or an archive --------------------------------------------------------------------
@@ -217,7 +239,6 @@ class _Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.description = f"files in {path}"
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """The sizes in bytes of the files called `names`. Raises DataError where one is missing or too large."""
@@ -268,7 +289,6 @@ class _Archive:
     def __init__(self, path: Path, folder: str) -> None:
         self.path = path
         self.folder = folder
-        self.description = f"files in {path}"
         self.contents: dict[str, bytes] = {}
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
@@ -315,9 +335,6 @@ class _Archive:
     def read(self, name: str) -> bytes:
         return self.contents.pop(name)  # each file is parsed once; its memory is free afterwards
 
-    def origin(self) -> str:
-        return ""
-
 
 class _Limited(io.RawIOBase):
     """A stream that ends in an error after `_MAX_ARCHIVE` bytes: 1 MB of gzip can hold 1 GB of zeros."""
@@ -362,7 +379,7 @@ def _read_python(cifar: Cifar, source: _Folder | _Archive) -> Contents:
     classes = _checked_names(meta.get(cifar.names_key), len(cifar.classes), source.where(cifar.meta))
     train = _joined(cifar.train_files, sizes, parse, source)
     test = _joined(cifar.test_files, sizes, parse, source)
-    return Contents(classes, train, test, f"python {source.description}{source.origin()}")
+    return Contents(classes, train, test)
 
 
 def _read_binary(cifar: Cifar, source: _Folder | _Archive) -> Contents:
@@ -391,7 +408,7 @@ def _read_binary(cifar: Cifar, source: _Folder | _Archive) -> Contents:
     classes = _checked_names(names, len(cifar.classes), source.where(classes_file))
     train = _joined(train_files, sizes, parse, source)
     test = _joined(test_files, sizes, parse, source)
-    return Contents(classes, train, test, f"binary {source.description}{source.origin()}")
+    return Contents(classes, train, test)
 
 
 def _joined(
@@ -453,7 +470,7 @@ def _checked_names(names: Any, count: int, where: str) -> tuple[str, ...]:
 _PARQUET_NAME = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.parquet")
 
 
-def _read_parquet(cifar: Cifar, folder: Path) -> Contents | None:
+def _find_parquet(cifar: Cifar, folder: Path) -> Found | None:
     snapshots = f"datasets--{cifar.hub.replace('/', '--')}/snapshots/*/{cifar.parquet_folder}"  # the Hub's own cache
     candidates = (
         folder / cifar.parquet_folder,
@@ -475,8 +492,13 @@ def _read_parquet(cifar: Cifar, folder: Path) -> Contents | None:
         total = int(found[0].name[-13:-8])
         if [path.name for path in found] != [f"{split}-{i:05}-of-{total:05}.parquet" for i in range(total)]:
             raise DataError(f"{candidate} is incomplete: it has {len(found)} of {total} parts of {split}-*.parquet")
+    packed = (*shards["train"], *shards["test"])
+    return Found(f"parquet files in {candidate}", packed, partial(_read_parquet, cifar, shards))
+
+
+def _read_parquet(cifar: Cifar, shards: dict[str, list[Path]]) -> Contents:
     train, test = (_decoded(cifar, shards[split]) for split in ("train", "test"))
-    return Contents(_parquet_classes(cifar, shards["train"][0]), train, test, f"parquet files in {candidate}")
+    return Contents(_parquet_classes(cifar, shards["train"][0]), train, test)
 
 
 def _parquet_shards(cifar: Cifar, folder: Path) -> dict[str, list[Path]]:

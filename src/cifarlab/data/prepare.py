@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,10 @@ def prepare(dataset: Dataset, section: Data, seed: int) -> Prepared:
     the training side.
     """
     images = dataset.train
-    facts = _facts(images)
-    hashes = facts["hash"]
+    with ThreadPoolExecutor(1) as beside:
+        content_hash = beside.submit(dataset.content_hash)
+        facts = _facts(images)
+        hashes = facts["hash"]
     groups = duplicate_groups(hashes)
     index = np.arange(len(images), dtype=np.int64)
     notes = list(dataset.notes)
@@ -108,7 +111,7 @@ def prepare(dataset: Dataset, section: Data, seed: int) -> Prepared:
     record = {
         "dataset": dataset.name,
         "source": dataset.source,
-        "content_hash": dataset.content_hash(),
+        "content_hash": content_hash.result(),
         "notes": notes,
         "images": {name: 0 if part is None else len(part) for name, part in parts.items()},
         "index_hashes": {name: None if part is None else _index_hash(part) for name, part in parts.items()},

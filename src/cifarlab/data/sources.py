@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from cifarlab import files, machine
-from cifarlab.data.cifar import DATASETS, read_cifar
+from cifarlab.data.cifar import DATASETS
 from cifarlab.data.cifar_download import fetch
+from cifarlab.data.cifar_kept import read_or_recall
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.digits import read_digits
 from cifarlab.data.folder import folder_classes, read_folder
@@ -46,10 +47,10 @@ def load_dataset(name: str, section: Data, resolution: int | None, folder: Path 
             f"('cifarlab data fetch {name} --data {folder}' makes it)"
         )
     place = folder or cache_folder()
-    dataset = read_cifar(name, place)
+    dataset = read_or_recall(name, place, cache_folder(), report)
     if dataset is None:
         fetch(name, place, report=report)
-        dataset = read_cifar(name, place)
+        dataset = read_or_recall(name, place, cache_folder(), report)
     if dataset is None:
         raise DataError(f"{name} was downloaded to {place}, and isn't there; was it removed?")
     return dataclasses.replace(dataset, folder=place.resolve())
