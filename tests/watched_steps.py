@@ -44,6 +44,10 @@ SETTINGS = {
 }
 
 
+# Fields that a run would decide.
+PLAIN = ["train.numerics={dtype: float32}", "train.batch_size=64", "evaluate.batch_size=500"]
+
+
 def losses(
     settings: list[str],
     folder: Path,
@@ -59,7 +63,7 @@ def losses(
     """
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
     dataset = make_dataset(noise=0.3, train=400)  # 1.2 MB: streamed where `data.memory` is 1
-    plan = make_recipe(recipe().to_dict(), ["train.numerics={dtype: float32}", "train.batch_size=64", *settings])
+    plan = make_recipe(recipe().to_dict(), [*PLAIN, *settings])
     steps = 15  # of 18
     stop = StopRequest()
     start = Stopwatch.start
