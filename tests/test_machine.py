@@ -225,13 +225,15 @@ def effects(without: str | None) -> tuple[dict[str, bool], dict[str, bool]]:
         "alone = [len(os.sched_getaffinity(int(task))) == 1 for task in os.listdir('/proc/self/task')]\n"
         "flushed = float(torch.tensor(1e-39) * 0.5) == 0\n"
         "seen = dict(memory_kept=kept, huge_pages=huge, threads_pinned=any(alone), denormals_flushed=flushed)\n"
+        "assert not {'OMP_PLACES', 'GOMP_SPINCOUNT'} & os.environ.keys()\n"
         "print(json.dumps([said, seen]))"
     )
     free = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "GOMP_"))}
     command = [sys.executable, "-c", code, *([without] if without else [])]
+    free["OMP_DISPLAY_ENV"] = "verbose"  # it tells what it goes by
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=free)
     said, seen = json.loads(done.stdout)
-    return said, seen
+    return said, seen | {"waits_bounded": "GOMP_SPINCOUNT = '10000'" in done.stderr}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what was done is seen in /proc")

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # What `prepare` sees to.
-SETTINGS = ("memory_kept", "huge_pages", "threads_pinned", "denormals_flushed")
+SETTINGS = ("memory_kept", "huge_pages", "threads_pinned", "waits_bounded", "denormals_flushed")
 
 # glibc's numbers for mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = -1
+# How often a thread of GNU's OpenMP looks whether the others are done before it sleeps: about a tenth of a millisecond,
+# longer than from one parallel loop of a training step to the next.
+_SPINS = 10_000
 # Linux's, for madvise(2).
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20
 
@@ -45,21 +48,22 @@ def process_age() -> float:
 def prepare(*, without: Collection[str] = ()) -> dict[str, bool]:
     """Make this process ready for training on the CPU; call before torch is imported. Returns what took effect.
 
-    Memory stays in the process, and in pages of 2 MB; torch's worker threads stay on their cores; numbers too small for
-    full precision become zero, as CPUs are slow with them. `without` leaves out some of SETTINGS, and with the memory
-    kept its huge pages. Once a process is ready, another call changes nothing.
+    Memory stays in the process, and in pages of 2 MB; torch's worker threads stay on their cores, and soon sleep where
+    they wait for others; numbers too small for full precision become zero, as CPUs are slow with them. `without` leaves
+    out some of SETTINGS, and with the memory kept its huge pages. Once a process is ready, another call does nothing.
     """
     assert set(without) <= set(SETTINGS), without
     if not _prepared:
         kept = "memory_kept" not in without and keep_memory()
         asked = kept and "huge_pages" not in without and ask_for_huge_pages(available_memory() // 2)
-        with _pinning("threads_pinned" not in without) as pinned:
+        with _openmp(pin="threads_pinned" not in without, bound="waits_bounded" not in without) as (pinned, bounded):
             import torch
 
             # Threads inherit this from the one that starts them: all do the same arithmetic only if it comes first.
             flushed = "denormals_flushed" not in without and torch.set_flush_denormal(True)
             torch.ones(1_000_000).add_(1)  # the threads start with the first parallel loop
-        _prepared.update(memory_kept=kept, huge_pages=asked, threads_pinned=pinned, denormals_flushed=flushed)
+        found = (kept, asked, pinned, bounded, flushed)
+        _prepared.update(zip(SETTINGS, found, strict=True))
     return dict(_prepared)
 
 
@@ -70,27 +74,34 @@ _prepared: dict[str, bool] = {}
 
 
 @contextlib.contextmanager
-def _pinning(asked: bool) -> Iterator[bool]:
-    """Inside, torch is to be imported, and starts OpenMP threads that each stay on a core. Gives whether they do.
+def _openmp(*, pin: bool, bound: bool) -> Iterator[tuple[bool, bool]]:
+    """Inside, torch is to be imported, and starts its OpenMP threads. Gives whether they are pinned and bounded.
 
-    Not where the user has a say in it already, or wants fewer threads than there are cores: two processes with a thread
-    each would sit on the same core. The main thread is let go again, and the request taken back: threads and processes
-    that it starts, to read images or to compile, would all inherit its one core.
+    pin: each stays on a core. Not where the user has a say in it already, or wants fewer threads than there are cores:
+    two processes with a thread each would sit on the same core. The main thread is let go again, and the request taken
+    back: threads and processes that it starts, to read images or to compile, would all inherit its one core.
+
+    bound: a thread that waits for others soon sleeps. By default it goes on looking for milliseconds, and where another
+    program wants the cores as well, it keeps them from the very thread that it waits for: EX-1 took six times as long
+    beside two busy processes on two cores.
     """
-    spoken = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-    taken = "torch" in sys.modules or any(name in os.environ for name in spoken)
-    if not asked or sys.platform != "linux" or taken:
-        yield False
-        return
-    cores = os.sched_getaffinity(0)
-    request = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    request: dict[str, str] = {}
+    if sys.platform == "linux" and "torch" not in sys.modules:
+        spoken = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+        if pin and not any(name in os.environ for name in spoken):
+            request |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+        if bound and not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+            request["GOMP_SPINCOUNT"] = str(_SPINS)
+    pinned, bounded = "OMP_PROC_BIND" in request, "GOMP_SPINCOUNT" in request
+    cores = os.sched_getaffinity(0) if pinned else set[int]()
     os.environ.update(request)
     try:
-        yield True
+        yield pinned, bounded
     finally:
         for name in request:
             del os.environ[name]
-        os.sched_setaffinity(0, cores)
+        if pinned:
+            os.sched_setaffinity(0, cores)
 
 
 def keep_memory() -> bool:

@@ -75,6 +75,7 @@ _NO_EFFECT = {
     "memory_kept": "only glibc on Linux can be told",
     "huge_pages": "they need memory kept, and a kernel that doesn't count addresses as memory",
     "threads_pinned": "it is for Linux, and for where no OMP_ or KMP_ variable has a say in it",
+    "waits_bounded": "it is for Linux, and for where OMP_WAIT_POLICY and GOMP_SPINCOUNT don't say it",
     "denormals_flushed": "this CPU can't",
 }
 
