@@ -65,10 +65,6 @@ def make(name: str, job: Job) -> Round:
     return _standard(job, workers=int(name.removeprefix("standard ")))
 
 
-class _DoneError(Exception):
-    """Raised to leave somebody else's loop."""
-
-
 class _Clock:
     """Told after each step; knows when those that count began, and when they are over."""
 
@@ -292,7 +288,8 @@ def _standard(job: Job, workers: int) -> Round:
 
 
 def _fastai(job: Job) -> Round:
-    from fastai.callback.core import Callback
+    import fastai.callback.progress  # noqa: F401 (it gives learners their `no_bar`)
+    from fastai.callback.core import Callback, CancelFitException
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from torch.nn import functional as F
@@ -306,10 +303,10 @@ def _fastai(job: Job) -> Round:
         class Timer(Callback):  # type: ignore[misc]
             def after_batch(self) -> None:
                 if clock.tick():
-                    raise _DoneError
+                    raise CancelFitException
 
         learner = Learner(loaders, peer.model, loss_func=F.cross_entropy, cbs=[Timer()])
-        with contextlib.redirect_stdout(io.StringIO()), learner.no_bar(), contextlib.suppress(_DoneError):
+        with contextlib.redirect_stdout(io.StringIO()), learner.no_bar():
             learner.fit(1000, peer.recipe.optimizer.lr)
         return clock.time()
 
