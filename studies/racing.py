@@ -1,7 +1,7 @@
-"""What makes a short run good, and how fast the fast recipes are. For docs/speed.md and RESULTS.md.
+"""What makes a short run good, and how fast the recipes that race are. For RESULTS.md.
 
-    python studies/racing.py try fast94 --data DIR --seeds 3 --jobs 2
-    python studies/racing.py race airbench94 fast94 fast90 --data DIR --seeds 3
+    python studies/racing.py try airbench94 --data DIR --seeds 3 --jobs 2
+    python studies/racing.py race airbench94 --data DIR --seeds 3
 
 `try` leaves out (or puts in) one ingredient of a recipe at a time and looks at validation images alone: 5,000 of the
 training images, drawn by the seed; accuracy with the recipe's test-time augmentation; differences paired by seed. Times
@@ -22,7 +22,17 @@ from cifarlab.rundir import RunFolder
 from study import Plan, Study, add_arguments, add_jobs, line
 
 # Leave-one-out, recipe by recipe: what each ingredient is replaced by.
-VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {}
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "airbench94": {
+        "random flip": ("augment.flip=random",),
+        "no translation": ("augment.translate=0",),
+        "label smoothing 0.1": ("loss.label_smoothing=0.1",),
+        "no label smoothing": ("loss.label_smoothing=0",),
+        "whitening bias to the end": ("model.whitening_bias=null",),
+        "24, 28, then 32 pixels": ("train.resolution=[[0, 24], [0.3, 28], [0.6, 32]]",),
+        "first group frozen late": ("model.freeze_late=[[0.8, 2]]",),
+    }
+}
 
 
 def main() -> None:
