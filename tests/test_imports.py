@@ -56,6 +56,7 @@ ORDER = (
     "features",
     "evaluate",
     "flops",
+    "pruning",
     "budget",
     "train",
     "build",

@@ -82,9 +82,9 @@ class Machine:
         return Step(run, lambda: [torch.tensor(way.get("gradient", [1.0, 0.0])), torch.tensor([2.0])])
 
     def choose(
-        self, steps: int = 1000, compilations: int = 1, frozen: bool = False, device: torch.device = CPU
+        self, steps: int = 1000, compilations: int = 1, device: torch.device = CPU, **more: bool
     ) -> tuple[NumericsChoice, list[numerics.Trial]]:
-        return numerics.measure(device, self.make_step, steps=steps, compilations=compilations, frozen=frozen)
+        return numerics.measure(device, self.make_step, steps=steps, compilations=compilations, **more)
 
 
 def test_the_fastest_way_is_chosen_and_the_table_says_what_each_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +148,13 @@ def test_compilation_must_pay_for_itself(
     assert choice.compile == compiled
     if steps == 500:
         assert machine.steps[way] == 0
+
+
+def test_batches_of_many_sizes_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = [FP32.model_copy(update={"compile": compile}) for compile in (True, "frozen")]
+    machine = Machine(monkeypatch, {FP32: {"seconds": 0.2}, **{way: {"seconds": 0.1, "setup": 1.0} for way in ways}})
+    choice, _ = machine.choose(steps=10_000, frozen=True, one_size=False)
+    assert not choice.compile and not any(machine.steps[way] for way in ways)
 
 
 @pytest.mark.parametrize(("seconds", "compiled"), [(0.194, False), (0.18, True)])

@@ -83,6 +83,27 @@ def test_the_network_is_the_published_one() -> None:
     assert parts["group1.norm1"].momentum == pytest.approx(0.4)
 
 
+def test_a_group_of_three_convolutions_ends_in_a_residual_block() -> None:
+    """Its forward, written down once more: airbench96's group. The other group is as it is without."""
+    section = Model(name="racing", widths=(16, 8), depths=(3, 2))
+    model = build_model(section, classes=7, size=(32, 32), seed=0).train()
+    assert model.get_submodule("group2.conv2").weight.shape == (8, 8, 3, 3)
+    parts = dict(model.named_modules())
+    features = torch.randn(3, 24, 9, 9, generator=torch.Generator().manual_seed(0))
+
+    def normalised(x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True, eps=1e-12)
+
+    def convolved(x: Tensor, name: str) -> Tensor:
+        return F.conv2d(x, parts[f"group1.{name}"].weight, padding=1)
+
+    with torch.no_grad():
+        x = F.gelu(normalised(F.max_pool2d(convolved(features, "conv1"), 2)))
+        inner = F.gelu(normalised(convolved(x, "residual.conv2")))
+        expected = F.gelu(x + normalised(convolved(inner, "residual.conv3")))
+        torch.testing.assert_close(parts["group1"](features), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_convolutions_begin_as_the_identity_on_their_first_channels() -> None:
     convolution = network().get_submodule("group1.conv1")
     features = torch.randn(2, 24, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -99,6 +120,10 @@ def test_sizes_and_widths() -> None:
         build_model(Model(name="racing"), classes=7, size=(16, 16), seed=0)
     with pytest.raises(RecipeError, match=r"model\.widths: 'ex1' has fixed widths"):
         build_model(Model(name="ex1", widths=(8, 8)), classes=7, size=(32, 32), seed=0)
+    with pytest.raises(RecipeError, match=r"model\.depths: 'ex1' has fixed depths"):
+        build_model(Model(name="ex1", depths=(2, 2)), classes=7, size=(32, 32), seed=0)
+    with pytest.raises(RecipeError, match=r"model\.depths: 2 numbers for 3 groups \(model\.widths: \[64, 256, 256\]\)"):
+        build_model(Model(name="racing", depths=(2, 3)), classes=7, size=(32, 32), seed=0)
     # At the least size two values of a channel are left, which is what BatchNorm needs for one image.
     network().train()(torch.randn(1, 3, 18, 18))
 

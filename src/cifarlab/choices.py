@@ -106,6 +106,7 @@ def _choose_numerics(
         "batch_size": recipe.train.batch,
         "steps": round(math.log2(steps)),  # compilation pays for long runs only
         "compiler": numerics.can_compile(device),
+        "pruned": recipe.train.prune is not None,
         "tolerances": [numerics.LOSS_TOLERANCE, numerics.LEAST_COSINE],
     }
     found = None
@@ -122,6 +123,7 @@ def _choose_numerics(
         steps=math.ceil(steps * recipe.train.batch / probe.train.batch),
         compilations=len(recipe.train.resolutions) + len(recipe.model.freeze_late or ()),
         frozen=recipe.model.freeze_stages > 0 and not recipe.caches,
+        one_size=recipe.train.prune is None,
     )
     for trial in trials:
         report(f"  {trial}")

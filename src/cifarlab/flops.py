@@ -116,7 +116,7 @@ class TrainingFlops:
 
 
 def of_recipe(recipe: Recipe, model: nn.Module, side: int, images: int) -> int:
-    """FLOPs of a whole run on so many training images, unless it stops early; the cache is taken to have room for all.
+    """FLOPs of a whole run on so many training images, unless it stops early or prunes; the cache has room for all.
 
     model: the recipe's, `freeze_stages` frozen; it is used up. side: of images as they are, in pixels.
     Raises whatever a network raises that can't be counted.

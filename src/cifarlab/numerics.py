@@ -318,12 +318,14 @@ def measure(
     steps: int,
     compilations: int,
     frozen: bool = False,
+    one_size: bool = True,
 ) -> tuple[NumericsChoice, list[Trial]]:
     """Time each way of doing a step, and say which gets `steps` of them done first.
 
     make_step: a fresh network, optimizer and batch, the same each time. compilations: how many times the step would
     be compiled, once for each resolution. frozen: whether there are stages that don't train, and are computed at each
-    step. What doesn't agree with the first way, fp32, is refused.
+    step. one_size: whether all batches but the last have one size; else nothing is compiled. What doesn't agree with
+    the first way, fp32, is refused.
     """
     trials: list[Trial] = []
     running: dict[int, Step] = {}
@@ -395,7 +397,7 @@ def measure(
     if device.type == "cuda" and left() > WORTH_TRYING * BENCHMARK:
         invest([best().choice.model_copy(update={"benchmark": True})])
     plain, compiled = best().choice, list[NumericsChoice]()
-    if can_compile(device):
+    if one_size and can_compile(device):
         if frozen and left() > WORTH_TRYING * FRONT_COMPILATION:
             compiled.append(plain.model_copy(update={"compile": "frozen"}))
         if left() > WORTH_TRYING * COMPILATION:

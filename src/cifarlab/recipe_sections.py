@@ -143,6 +143,12 @@ class Model(Section):
         max_length=4,
         description="channels of the groups of the network 'racing'; null: 64, 256, 256",
     )
+    depths: tuple[Annotated[Integer, Field(ge=2, le=3)], ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=4,
+        description="convolutions of each group of 'racing', 2 or 3 (the last two a residual block); null: 2",
+    )
     freeze_stages: Integer = Field(0, ge=0, description="so many stages, from the input on, never train")
     freeze_late: Annotated[Progression | None, BeforeValidator(_check_freeze_late)] = Field(
         None,
@@ -265,6 +271,19 @@ def _check_batch_size(value: Any) -> Any:
     raise ValueError(f"expected a number of images from 1 on, or auto, not {value!r}")
 
 
+class Prune(Section):
+    """InfoBatch (arXiv 2303.04947): what is learned already sits out some epochs."""
+
+    share: Real = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="probability that an image whose last loss was below the mean is left out of an epoch; those that "
+        "stay count for them",
+    )
+    until: Real = Field(0.875, gt=0, le=1, description="share of the run from which on every image is trained on again")
+
+
 class Train(Section):
     epochs: Annotated[Integer | Real, AfterValidator(_whole)] = Field(
         gt=0, description="passes over the training images"
@@ -279,6 +298,11 @@ class Train(Section):
         None,
         description="resize images to this side; [[0, 64], [0.3, 96]]: to 64, from 30 % of the run on to 96; null: as "
         "they are",
+    )
+    prune: Prune | None = Field(
+        None,
+        description="leave out images that are learned already, as InfoBatch does; batches are smaller by them: "
+        "{share: 0.5}",
     )
     clip_grad_norm: Real | None = Field(None, gt=0, description="scale gradients down to at most this norm")
     ema: Real | None = Field(
@@ -304,6 +328,15 @@ class Train(Section):
             raise ValueError(
                 f"accumulate ({self.accumulate}) must not be more than batch_size ({self.batch_size}): a part has at "
                 "least one image"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_batches_have_one_size(self) -> Train:
+        if self.prune is not None and isinstance(self.numerics, NumericsChoice) and self.numerics.compile:
+            raise ValueError(
+                "prune makes batches of many sizes, and numerics.compile compiles for one: set compile to false, or "
+                "prune to null"
             )
         return self
 

@@ -34,6 +34,7 @@ from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
 from cifarlab.optim import build_optimizer, set_learning_rate
+from cifarlab.pruning import Pruning
 from cifarlab.recipe import Recipe
 from cifarlab.rundir import RunFolder, serialized
 from cifarlab.schedule import values as schedule_values
@@ -85,7 +86,8 @@ class TrainingBatch(NamedTuple):
 
     partners: int64 (B,), the labels of the images mixed in, and share: float32 (B,), the weight of the own label; None
     where nothing is mixed. computed: shape of the images that frozen stages ran on to make the inputs, (B, 3, H, W);
-    None where nothing is frozen apart, or all was recalled.
+    None where nothing is frozen apart, or all was recalled. samples: int64 (B,), on the CPU, and weights: float32 (B,),
+    what an image counts for; None where none is pruned.
     """
 
     inputs: Tensor
@@ -93,6 +95,8 @@ class TrainingBatch(NamedTuple):
     partners: Tensor | None = None
     share: Tensor | None = None
     computed: torch.Size | None = None
+    samples: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -146,14 +150,16 @@ class Stopwatch:
 class EpochSums:
     """Loss, correct answers and images of the epoch so far, added up on the device so that no step waits for it.
 
-    The loss is weighted as in training: a batch counts by its images, or by the sum of their class weights.
+    The loss is weighted as in training: a batch counts by its images, or by the sum of their class weights. Where
+    images are pruned, each counts for those that it stands for, in both.
     """
 
     def __init__(self, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.loss = torch.zeros((), dtype=wide, device=device)
         self.weight = torch.zeros((), dtype=wide, device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.correct = torch.zeros((), dtype=wide, device=device)
+        self.answers = torch.zeros((), dtype=wide, device=device)
         self.images = 0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
@@ -165,20 +171,23 @@ class EpochSums:
             labels = torch.where(batch.share >= 0.5, labels, batch.partners)
         self.loss += loss * total_weight(batch, class_weights)
         self.weight += total_weight(batch, class_weights)
-        self.correct += (logits.detach().argmax(1) == labels).sum()
+        correct = logits.detach().argmax(1) == labels
+        self.correct += (correct if batch.weights is None else correct * batch.weights).sum()
+        self.answers += len(labels) if batch.weights is None else batch.weights.sum()
         self.images += len(labels)
         self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step)
 
     def means(self) -> tuple[float, float]:
         """Loss and accuracy. Waits for the device."""
-        return self.loss.item() / self.weight.item(), self.correct.item() / self.images
+        return self.loss.item() / self.weight.item(), self.correct.item() / self.answers.item()
 
     def state(self) -> dict[str, float | int]:
         """What a checkpoint in the middle of an epoch keeps."""
         return {
             "loss": self.loss.item(),
             "weight": self.weight.item(),
-            "correct": int(self.correct.item()),
+            "correct": self.correct.item(),
+            "answers": self.answers.item(),
             "images": self.images,
         }
 
@@ -221,6 +230,7 @@ def train(
     average = task.average
     scaler = make_scaler(task)
     optimizer = build_optimizer(recipe.optimizer, model, scaled=scaler is not None)
+    pruning = Pruning(section.prune, recipe.seed, len(task.store), task.device) if section.prune is not None else None
     steps_per_epoch = len(in_batches(task.train, section.batch))
     total_steps = max(1, round(section.epochs * steps_per_epoch))
     warmup_share = schedule.warmup.share_of(total_steps, steps_per_epoch) if schedule.warmup else 0.0
@@ -300,12 +310,13 @@ def train(
             images=images,
             flops=flops.total(),
             accumulate=fitting_backward.accumulate,
+            pruning=pruning.state() if pruning is not None else None,
         )
         writer.do(partial(run.keep_latest, section.keep))
 
     freeze_backbone(model, stages, frozen=step < thaw_step)
     set_mode(model, stages, backbone=step < thaw_step)
-    batches = make_batches(recipe, task, step, total_steps)
+    batches = make_batches(recipe, task, step, total_steps, pruning)
     began = time.perf_counter()
     with (
         _board(run) as add_to_board,
@@ -396,6 +407,8 @@ def train(
             if average is not None:
                 average.ema.update(model, step)
             sums.add(step - 1, loss, logits, batch, task.class_weights)
+            if pruning is not None and batch.samples is not None:
+                pruning.record(batch.samples, logits, batch.labels, recipe.loss.label_smoothing)
             images += len(batch.labels)
             flops.add(batch.inputs.shape, batch.computed)
             profiled()
@@ -451,16 +464,26 @@ def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | Non
         run.write_train_log({**log, "error": reason} if reason else log)
 
 
-def make_batches(recipe: Recipe, task: Task, step: int, total_steps: int) -> Iterator[TrainingBatch]:
-    """What each step trains on, from `step` on, without end: images augmented and mixed, frozen stages behind them."""
-    batch_size = recipe.train.batch
-    steps_per_epoch = len(in_batches(task.train, batch_size))
+def make_batches(
+    recipe: Recipe, task: Task, step: int, total_steps: int, pruning: Pruning | None = None
+) -> Iterator[TrainingBatch]:
+    """What each step trains on, from `step` on, without end: images augmented and mixed, frozen stages behind them.
+
+    pruning: asked at the beginning of each epoch, when the losses of all steps before must be known to it.
+    """
+    steps_per_epoch = len(in_batches(task.train, recipe.train.batch))
     while True:
         epoch, done = divmod(step, steps_per_epoch)
-        order = epoch_order(task.train, recipe.seed, epoch)[done * batch_size :]
+        order = epoch_order(task.train, recipe.seed, epoch)
+        pruned = pruning.epoch(order, epoch, steps=steps_per_epoch, share=step / total_steps) if pruning else None
+        parts = in_batches(order, recipe.train.batch) if pruned is None else pruned.batches
         draws = task.pipeline.draw(recipe.seed, epoch, len(task.store))
-        for found in task.store.batches(order, batch_size):
-            yield make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch)
+        for found in task.store.in_parts(parts[done:]):
+            batch = make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch)
+            if pruning is not None:
+                rows = machine.upload(found.samples, task.device)
+                batch = batch._replace(samples=found.samples, weights=pruned.weights[rows] if pruned else None)
+            yield batch
             step += 1
 
 
@@ -592,28 +615,35 @@ def _rows(batch: TrainingBatch, begin: int, end: int) -> TrainingBatch:
         batch.labels[begin:end],
         batch.partners[begin:end] if batch.partners is not None else None,
         batch.share[begin:end] if batch.share is not None else None,
+        weights=batch.weights[begin:end] if batch.weights is not None else None,
     )
 
 
 def _loss(logits: Tensor, batch: TrainingBatch, class_weights: Tensor | None, label_smoothing: float) -> Tensor:
-    """Mean cross-entropy over the batch, weighted by class; a mixed image's is the mixture of its two labels'."""
-    if batch.partners is None or batch.share is None:
+    """Mean cross-entropy over the batch, weighted by class and by what images count for; a mixed image's is the mixture
+    of its two labels'."""
+    if batch.partners is None and batch.weights is None:
         return F.cross_entropy(logits, batch.labels, weight=class_weights, label_smoothing=label_smoothing)
-    own, other = (
-        F.cross_entropy(logits, labels, weight=class_weights, label_smoothing=label_smoothing, reduction="none")
-        for labels in (batch.labels, batch.partners)
-    )
-    return (batch.share * own + (1 - batch.share) * other).sum() / total_weight(batch, class_weights)
+
+    def losses(labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, weight=class_weights, label_smoothing=label_smoothing, reduction="none")
+
+    each = losses(batch.labels)
+    if batch.partners is not None and batch.share is not None:
+        each = batch.share * each + (1 - batch.share) * losses(batch.partners)
+    if batch.weights is not None:
+        each = each * batch.weights
+    return each.sum() / total_weight(batch, class_weights)
 
 
 def total_weight(batch: TrainingBatch, class_weights: Tensor | None) -> Tensor | int:
-    """What a batch counts for in a mean: its images, or the sum of their class weights."""
+    """What a batch counts for in a mean: its images, or the sum of their class weights, times their own weights."""
     if class_weights is None:
-        return len(batch.labels)
+        return len(batch.labels) if batch.weights is None else batch.weights.sum()
     own = class_weights[batch.labels]
-    if batch.partners is None or batch.share is None:
-        return own.sum()
-    return (batch.share * own + (1 - batch.share) * class_weights[batch.partners]).sum()
+    if batch.partners is not None and batch.share is not None:
+        own = batch.share * own + (1 - batch.share) * class_weights[batch.partners]
+    return (own if batch.weights is None else own * batch.weights).sum()
 
 
 def validate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -73,9 +73,15 @@ class ImageStore:
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Batch]:
         """The images at `order` (int64 (K,), on the CPU), in that order, as `in_batches` divides it.
 
+        Raises what `in_parts` raises.
+        """
+        return self.in_parts(in_batches(order, batch_size))
+
+    def in_parts(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
+        """The images at each part (int64 (B,), on the CPU), part by part.
+
         Raises RunError where a process that reads images dies, DataError where their file can't be read any more.
         """
-        parts = in_batches(order, batch_size)
         if isinstance(self.pixels, Tensor):
             for samples in parts:
                 rows = machine.upload(samples, self.device)

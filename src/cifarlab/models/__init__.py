@@ -44,8 +44,7 @@ def _checked(
 
 
 def _network(section: Model) -> catalog.Network:
-    network = catalog.find(section.name)
-    return network if section.widths is None else network.with_widths(section.widths)
+    return catalog.find(section.name).shaped(section.widths, section.depths)
 
 
 def check_size(section: Model, size: tuple[int, int], *more: tuple[int, int]) -> None:

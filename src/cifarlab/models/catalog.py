@@ -97,9 +97,17 @@ class Network(ABC):
     def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
         """Raise RecipeError where it can't take images of (H, W), or, made for these, images of more sizes too."""
 
-    def with_widths(self, widths: tuple[int, ...]) -> Network:
-        """The same network with other channels. Raises RecipeError where it has only its own."""
-        raise RecipeError(f"model.widths: '{self.name}' has fixed widths; set it to null, or model.name to 'racing'")
+    def shaped(self, widths: tuple[int, ...] | None, depths: tuple[int, ...] | None) -> Network:
+        """The same network with other channels, or other numbers of layers; None: with its own.
+
+        Raises RecipeError where it has only its own.
+        """
+        for field, given in (("widths", widths), ("depths", depths)):
+            if given is not None:
+                raise RecipeError(
+                    f"model.{field}: '{self.name}' has fixed {field}; set it to null, or model.name to 'racing'"
+                )
+        return self
 
     def renamed(self, state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
         """Weights whose names differ from the model's for a reason that the library knows, under the model's names."""
@@ -145,10 +153,11 @@ class SmallNetwork(Network):
 @dataclass(frozen=True)
 class RacingNetwork(SmallNetwork):
     widths: tuple[int, ...] = WIDTHS
+    depths: tuple[int, ...] | None = None
 
     def build(self, classes: int | None, size: tuple[int, int]) -> nn.Module:
         assert classes is not None
-        return racing(classes, size[0], self.widths)
+        return racing(classes, size[0], self.widths, self.depths)
 
     def check(self, size: tuple[int, int], *more: tuple[int, int]) -> None:
         # Whitening takes a pixel off, and each group halves the side; two pixels must be left.
@@ -160,8 +169,14 @@ class RacingNetwork(SmallNetwork):
                     f"{height}x{width}; set train.resolution"
                 )
 
-    def with_widths(self, widths: tuple[int, ...]) -> Network:
-        return dataclasses.replace(self, widths=widths)
+    def shaped(self, widths: tuple[int, ...] | None, depths: tuple[int, ...] | None) -> Network:
+        widths = widths or self.widths
+        if depths is not None and len(depths) != len(widths):
+            raise RecipeError(
+                f"model.depths: {len(depths)} numbers for {len(widths)} groups (model.widths: {list(widths)}); give "
+                "one for each, or null"
+            )
+        return dataclasses.replace(self, widths=widths, depths=depths)
 
 
 SMALL: dict[str, SmallNetwork] = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WIDTHS = (64, 256, 256)
+DEPTH = 2
 # Images that the whitening convolution is fitted to: 5,000 x 31 x 31 patches, for a covariance of 12 x 12.
 WHITENING_IMAGES = 5000
 
@@ -76,36 +77,56 @@ class _Maximum(nn.Module):
         return features.amax((2, 3))
 
 
-def racing(classes: int, size: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
-    """Whitening, groups of two 3x3 convolutions with a max-pool between them, the maximum of each channel, one matrix.
+def racing(classes: int, size: int, widths: Sequence[int] = WIDTHS, depths: Sequence[int] | None = None) -> nn.Module:
+    """Whitening, groups of 3x3 convolutions with a max-pool after their first, the maximum of each channel, one matrix.
 
     Input (B, 3, size, size), output: logits (B, classes). At 32x32 the sides are 31, 15, 7, 3. 3x3 convolutions begin
     as the identity on their first channels (dirac). `fit_whitening` must see the training images first.
+    depths: convolutions of each group, 2 (all of them where None) or 3. Of three, the last two are a residual block,
+    as in airbench95 and airbench96 of the same author.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["whiten"] = whiten = WhiteningConv()
     layers["gelu"] = nn.GELU()
     channels = whiten.out_channels
-    for number, width in enumerate(widths, 1):
-        layers[f"group{number}"] = _group(channels, width)
+    for number, (width, depth) in enumerate(zip(widths, depths or [DEPTH] * len(widths), strict=True), 1):
+        layers[f"group{number}"] = _group(channels, width, depth)
         channels = width
     layers["maximum"] = _Maximum()
     layers["head"] = _Head(channels, classes)
     return nn.Sequential(layers)
 
 
-def _group(inputs: int, width: int) -> nn.Module:
-    return nn.Sequential(
-        OrderedDict(
-            conv1=_convolution(inputs, width),
-            pool=nn.MaxPool2d(2),
-            norm1=_BatchNorm(width),
-            gelu1=nn.GELU(),
-            conv2=_convolution(width, width),
-            norm2=_BatchNorm(width),
-            gelu2=nn.GELU(),
-        )
-    )
+def _group(inputs: int, width: int, depth: int) -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv1"] = _convolution(inputs, width)
+    layers["pool"] = nn.MaxPool2d(2)
+    layers["norm1"] = _BatchNorm(width)
+    layers["gelu1"] = nn.GELU()
+    if depth > DEPTH:
+        layers["residual"] = _Residual(width)
+    else:
+        layers["conv2"] = _convolution(width, width)
+        layers["norm2"] = _BatchNorm(width)
+    layers["gelu2"] = nn.GELU()
+    return nn.Sequential(layers)
+
+
+class _Residual(nn.Module):
+    """x + norm(conv(gelu(norm(conv(x))))): (B, width, H, W) to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv2 = _convolution(width, width)
+        self.norm2 = _BatchNorm(width)
+        self.gelu = nn.GELU()
+        self.conv3 = _convolution(width, width)
+        self.norm3 = _BatchNorm(width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        inner = self.gelu(self.norm2(self.conv2(features)))
+        outer: Tensor = features + self.norm3(self.conv3(inner))
+        return outer
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
