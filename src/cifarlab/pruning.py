@@ -17,7 +17,7 @@ from cifarlab.seeds import derive_seed
 
 
 class Pruned(NamedTuple):
-    """batches: of one epoch, sample indices int64 (B,), on the CPU. weights: float32 (N,), by sample, on the device."""
+    """batches: of one epoch, sample indices int64 (B,). weights: float32 (N,), by sample. Both on the CPU."""
 
     batches: tuple[Tensor, ...]
     weights: Tensor
@@ -34,7 +34,7 @@ class Pruning:
     def __init__(self, section: Prune, seed: int, images: int, device: torch.device) -> None:
         self._section, self._seed = section, seed
         self._losses = torch.full((images,), torch.nan, device=device)
-        self._weights: Tensor | None = None  # of the epoch; on the CPU; 0 for what is left out
+        self._weights: Tensor | None = None  # of the epoch; 0 for what is left out
 
     def epoch(self, order: Tensor, epoch: int, *, steps: int, share: float) -> Pruned | None:
         """The images of an epoch in as many batches as without, which are smaller instead; None: all of them, as ever.
@@ -56,7 +56,7 @@ class Pruning:
         self._weights = weights = torch.ones(len(self._losses))
         weights[order[easy]] = 1 / (1 - self._section.share)
         weights[order[~stays]] = 0
-        return Pruned(torch.tensor_split(kept, steps), machine.upload(weights, self._losses.device))
+        return Pruned(torch.tensor_split(kept, steps), weights)
 
     @torch.no_grad()
     def record(self, samples: Tensor, logits: Tensor, labels: Tensor, label_smoothing: float) -> None:

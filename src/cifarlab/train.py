@@ -86,8 +86,8 @@ class TrainingBatch(NamedTuple):
 
     partners: int64 (B,), the labels of the images mixed in, and share: float32 (B,), the weight of the own label; None
     where nothing is mixed. computed: shape of the images that frozen stages ran on to make the inputs, (B, 3, H, W);
-    None where nothing is frozen apart, or all was recalled. samples: int64 (B,), on the CPU, and weights: float32 (B,),
-    what an image counts for; None where none is pruned.
+    None where nothing is frozen apart, or all was recalled. samples: int64 (B,), on the CPU; None without
+    `train.prune`. weights: float32 (B,), what an image counts for; None where each counts as one.
     """
 
     inputs: Tensor
@@ -173,7 +173,7 @@ class EpochSums:
         self.weight += total_weight(batch, class_weights)
         correct = logits.detach().argmax(1) == labels
         self.correct += (correct if batch.weights is None else correct * batch.weights).sum()
-        self.answers += len(labels) if batch.weights is None else batch.weights.sum()
+        self.answers += total_weight(batch, None)
         self.images += len(labels)
         self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step)
 
@@ -481,8 +481,8 @@ def make_batches(
         for found in task.store.in_parts(parts[done:]):
             batch = make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch)
             if pruning is not None:
-                rows = machine.upload(found.samples, task.device)
-                batch = batch._replace(samples=found.samples, weights=pruned.weights[rows] if pruned else None)
+                weights = machine.upload(pruned.weights[found.samples], task.device) if pruned else None
+                batch = batch._replace(samples=found.samples, weights=weights)
             yield batch
             step += 1
 

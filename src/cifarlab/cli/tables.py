@@ -100,8 +100,10 @@ def print_flops(console: Console, recipe: Recipe, classes: int, size: int, image
     except Exception as error:  # any network of timm's or torchvision's
         console.print(Text(f"FLOPs: '{recipe.model.name}' can't be counted ({type(error).__name__})"))
         return
-    most = "at most " if recipe.train.prune is not None else ""
-    run = f"; {most}{_flops(total)} for {recipe.train.epochs:g} epochs of {images:,} images" if images else ""
+    run = ""
+    if images is not None:
+        most = "at most " if recipe.train.prune is not None else ""
+        run = f"; {most}{_flops(total)} for {recipe.train.epochs:g} epochs of {images:,} images"
     console.print(f"training, forward and backward: {_flops(total / seen)} an image{run}")
 
 
