@@ -110,6 +110,23 @@ def test_convolutions_begin_as_the_identity_on_their_first_channels() -> None:
     torch.testing.assert_close(convolution(features)[:, :24], features)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)])
+def test_convolutions_of_tiny_maps_are_torchs(shape: tuple[int, int]) -> None:
+    """Their values and gradients; a map of 3x2 is torch's own, as a check of the check."""
+    convolution = network().get_submodule("group1.conv1").double()
+    weight = next(convolution.parameters())
+    images = torch.randn(5, 24, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    nn.init.normal_(weight)
+    ours, theirs = convolution(images), F.conv2d(images, weight, padding=1)
+    torch.testing.assert_close(ours, theirs)
+    above = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = (images, weight)
+    found, expected = torch.autograd.grad(ours, inputs, above), torch.autograd.grad(theirs, inputs, above)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_sizes_and_widths() -> None:
     for side in (20, 24, 28, 32, 40):
         assert network()(torch.randn(2, 3, side, side)).shape == (2, 10)
