@@ -31,7 +31,23 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "whitening bias to the end": ("model.whitening_bias=null",),
         "24, 28, then 32 pixels": ("train.resolution=[[0, 24], [0.3, 28], [0.6, 32]]",),
         "first group frozen late": ("model.freeze_late=[[0.8, 2]]",),
-    }
+    },
+    "fast90": {
+        "no pruning": ("train.prune=null",),
+        "32 pixels throughout": ("train.resolution=32",),
+        "24, then 32 pixels": ("train.resolution=[[0, 24], [0.75, 32]]",),
+        "two convolutions in each group": ("model.depths=null",),
+        "three convolutions in each group": ("model.depths=[3, 3, 3]",),
+        "random flip": ("augment.flip=random",),
+        "no translation": ("augment.translate=0",),
+        "translation by up to 4": ("augment.translate=4",),
+        "label smoothing 0.2": ("loss.label_smoothing=0.2",),
+        "no label smoothing": ("loss.label_smoothing=0",),
+        "whitening bias to the end": ("model.whitening_bias=null",),
+        "first group frozen late": ("model.freeze_late=[[0.8, 2]]",),
+        "Muon at 0.24": ("optimizer.lr=0.24",),
+        "five Newton-Schulz steps": ("optimizer.ns_steps=5",),
+    },
 }
 
 
