@@ -132,8 +132,8 @@ class _Residual(nn.Module):
 class _Convolution(nn.Conv2d):
     """3x3, as large as its input; on the CPU the tiny maps that small images end in are one matrix product.
 
-    On maps of 2x2 each output sees each input: a matrix of (4 outputs, 4 inputs) blocks of the kernel. oneDNN takes two
-    to eight times as long for these as for that matrix (its gradients of weights, above all), most of it for padding.
+    On maps of 2x2 each output sees each input: a matrix of (4 outputs, 4 inputs) blocks of the kernel. oneDNN takes
+    several times as long for these as for that matrix (docs/speed.md), most of it for padding.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
