@@ -50,6 +50,7 @@ ORDER = (
     "models models.*",
     "schedule",
     "optim",
+    "convolutions",
     "numerics",
     "rundir",
     "metrics",

@@ -56,6 +56,11 @@ def test_layout_does_not_change_what_is_computed() -> None:
 # --- the choice, with steps that take the time that a test gives them ------------------------------
 
 
+def plain(way: NumericsChoice) -> NumericsChoice:
+    """Without what is tried later, beside the best so far."""
+    return NumericsChoice(dtype=way.dtype, channels_last=way.channels_last, tf32=way.tf32)
+
+
 class Machine:
     """A clock, and steps that move it. `ways`: seconds a step, and what else differs from a faultless step."""
 
@@ -64,7 +69,7 @@ class Machine:
         self.ways = ways
         self.steps = dict.fromkeys(ways, 0)
         monkeypatch.setattr("cifarlab.numerics.time.perf_counter", lambda: self.now)
-        monkeypatch.setattr(numerics, "candidates", lambda _: [w for w in ways if not (w.compile or w.benchmark)])
+        monkeypatch.setattr(numerics, "candidates", lambda _: [w for w in ways if w == plain(w)])
         can = any(way.compile for way in ways)
         monkeypatch.setattr(numerics, "can_compile", lambda _: can)
 
@@ -187,77 +192,6 @@ def test_candidates_without_hardware_for_bf16_are_fp32_only(monkeypatch: pytest.
 # --- depthwise convolutions in bf16, and compiled frozen stages ----------------------------------------
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize(
-    ("kernel", "settings"),
-    [
-        ((3, 3), {}),
-        ((3, 3), {"padding": 1}),
-        ((3, 3), {"stride": 2, "padding": 1}),
-        ((3, 3), {"padding": (2, 1), "dilation": 2}),
-        ((5, 5), {"padding": 2}),
-        ((5, 5), {"stride": 2, "padding": 2}),
-        ((5, 5), {"stride": 3}),
-        ((5, 5), {"padding": 4, "dilation": 2}),
-        ((2, 4), {"padding": (0, 3)}),
-        ((7, 7), {"stride": (1, 2), "padding": 3}),
-        ((1, 8), {"stride": (3, 1), "padding": (0, 1)}),
-    ],
-)
-def test_a_depthwise_convolution_in_bf16_has_the_gradients_of_fp32_at_the_rounded_images(
-    kernel: tuple[int, int], settings: dict[str, Any], channels_last: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, weight = torch.randn(3, 6, 13, 11, generator=generator), torch.randn(6, 1, *kernel, generator=generator)
-    if channels_last:
-        images = images.to(memory_format=torch.channels_last)
-    way = numerics.chosen(CPU, BF16)
-    ours, own = images.clone().requires_grad_(), weight.clone().requires_grad_()
-    with way.training(CPU):
-        output = F.conv2d(ours, own, groups=6, **settings)
-    assert output.dtype == torch.bfloat16
-    with way.autocast(CPU):
-        assert torch.equal(output, F.conv2d(images, weight, groups=6, **settings))
-    upstream = torch.randn(output.shape, generator=generator).bfloat16()
-    torch.autograd.backward(output, upstream)
-    rounded, wide = images.bfloat16().double().requires_grad_(), weight.bfloat16().double().requires_grad_()
-    torch.autograd.backward(F.conv2d(rounded, wide, groups=6, **settings), upstream.double())
-    for gradient, reference in ((ours.grad, rounded.grad), (own.grad, wide.grad)):
-        assert gradient is not None and reference is not None
-        # bf16 rounds to 8 bits: by up to 0.4 %.
-        assert (gradient.double() - reference).norm() < 0.004 * reference.norm()
-
-
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_other_convolutions_are_left_as_they_are(groups: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    layer = torch.nn.Conv2d(6, 6, 3, padding="same" if groups == 6 else 1, groups=groups)
-    images = torch.randn(2, 6, 8, 8, generator=generator)
-    way = numerics.chosen(CPU, BF16)
-    results = []
-    for context in (way.training, way.autocast):
-        layer.zero_grad()
-        with context(CPU):
-            output = layer(images)
-        torch.autograd.backward(output.float().square().sum())
-        gradients = [parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None]
-        results.append([output.detach(), *gradients])
-        assert len(gradients) == 2
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-
-
-def test_a_depthwise_layer_keeps_its_bias_and_an_unbatched_image_its_shape() -> None:
-    layer = torch.nn.Conv2d(6, 6, 3, groups=6)
-    images = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
-    with numerics.chosen(CPU, BF16).training(CPU):
-        output, one = layer(images), layer(images[0])
-    assert one.shape == output.shape[1:]
-    torch.testing.assert_close(output.float(), layer(images), atol=0.05, rtol=0.02)
-    torch.autograd.backward(output.float().sum())
-    assert layer.bias is not None and layer.bias.grad is not None
-    assert torch.equal(layer.bias.grad, torch.full((6,), 2.0 * 6 * 6))
-
-
 FROZEN_STAGES = [
     "model={name: timm:test_efficientnet, freeze_stages: 2}",
     *("augment={flip: random}", "train.epochs=2", "evaluate.test=false"),
@@ -333,6 +267,28 @@ def test_cudnns_own_benchmark_is_tried_on_long_runs_on_a_gpu_and_must_pay_for_it
         assert "benchmarked: " in str(trials[2]) and "19 s until it ran" in str(trials[2])
 
 
+@pytest.mark.parametrize(("seconds", "faster"), [(0.19, True), (0.21, False)])
+def test_products_of_frequencies_are_tried_where_a_network_has_small_maps_and_taken_where_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, faster: bool
+) -> None:
+    way = BF16.model_copy(update={"fourier": True})
+    compiled = BF16.model_copy(update={"compile": True})
+    ways = {FP32: {"seconds": 0.4}, BF16: {"seconds": 0.2}, way: {"seconds": seconds}, compiled: {"seconds": 0.3}}
+    choice, trials = Machine(monkeypatch, ways).choose(steps=10_000, fourier=True)
+    assert choice == (way if faster else BF16)
+    assert [trial.choice for trial in trials] == [FP32, BF16, way, compiled]  # which is compiled without them
+    assert "small maps by frequencies" in str(trials[2])
+    choice, trials = Machine(monkeypatch, ways).choose(steps=10_000)
+    assert choice == BF16 and way not in [trial.choice for trial in trials]
+
+
+def test_they_do_not_go_with_compilation() -> None:
+    with pytest.raises(
+        RecipeError, match=r"train\.numerics: fourier and compile don't go together; leave one of them out"
+    ):
+        load_recipe("ex1", ["train.numerics={fourier: true, compile: true}"])
+
+
 @pytest.mark.parametrize("benchmark", [True, False])
 def test_the_choice_alone_decides_whether_cudnn_benchmarks(benchmark: bool) -> None:
     assert NumericsChoice().benchmark is False
@@ -351,6 +307,7 @@ def test_the_choice_alone_decides_whether_cudnn_benchmarks(benchmark: bool) -> N
         ("cpu", NumericsChoice(benchmark=True), "CUDA"),
         ("cpu", NumericsChoice(tf32=True), "CUDA"),
         ("mps", NumericsChoice(tf32=True), "CUDA"),
+        ("cuda", NumericsChoice(fourier=True), "CPUs"),
         ("cpu", BF16, "emulates bfloat16"),
         ("cpu", NumericsChoice(dtype="float16"), "float16 is slower"),
         ("mps", NumericsChoice(compile=True), "no compiler"),

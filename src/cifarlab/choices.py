@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from cifarlab import machine, numerics, remembered
 from cifarlab.build import make_task
+from cifarlab.convolutions import fourier_suits
 from cifarlab.data.batches import epoch_order
 from cifarlab.data.prepare import Part, Prepared
 from cifarlab.download import Report
 from cifarlab.errors import RunError
+from cifarlab.models import outline
 from cifarlab.models.chain import set_mode
 from cifarlab.models.weights import Weights
 from cifarlab.optim import build_optimizer
@@ -107,6 +109,7 @@ def _choose_numerics(
         "steps": round(math.log2(steps)),  # compilation pays for long runs only
         "compiler": numerics.can_compile(device),
         "pruned": recipe.train.prune is not None,
+        "fourier": device.type == "cpu",  # an entry from before there was this way is asked for no more
         "tolerances": [numerics.LOSS_TOLERANCE, numerics.LEAST_COSINE],
     }
     found = None
@@ -124,6 +127,7 @@ def _choose_numerics(
         compilations=len(recipe.train.resolutions) + len(recipe.model.freeze_late or ()),
         frozen=recipe.model.freeze_stages > 0 and not recipe.caches,
         one_size=recipe.train.prune is None,
+        fourier=device.type == "cpu" and _has_small_maps(recipe, prepared),
     )
     for trial in trials:
         report(f"  {trial}")
@@ -131,6 +135,16 @@ def _choose_numerics(
     if trials[0].refused is None:  # else nothing was measured, and the run will say why
         remembered.remember(key, choice.model_dump())
     return recipe.with_train(numerics=choice), [trial.record() for trial in trials]
+
+
+def _has_small_maps(recipe: Recipe, prepared: Prepared) -> bool:
+    """Whether convolutions by frequencies are worth a trial, in the steps that are measured: those of the end."""
+    side = recipe.train.resolutions[-1][1]
+    size: tuple[int, int] = (side, side) if side is not None else prepared.train.images.pixels.shape[2:]
+    try:
+        return fourier_suits(outline(recipe.model, classes=len(prepared.classes), size=size), (2, 3, *size))
+    except Exception:  # it is any network of timm's or torchvision's, and a run doesn't end for a trial
+        return False
 
 
 def _probe(recipe: Recipe, device: torch.device) -> Recipe:

@@ -61,14 +61,14 @@ class Classifier:
 
     def logits(self, inputs: Tensor) -> Tensor:
         """What `rest` makes of its inputs, (B, …): float32 (B, outputs)."""
-        with self.numerics.autocast(inputs.device):
+        with self.numerics.evaluating(inputs.device):
             output: Tensor = self.rest(inputs)
         return output.float()
 
     def training_logits(self, inputs: Tensor, *, compiled: bool) -> Tensor:
         """The same with a graph, as training computes it; compiled: where it is compiled, and not eager in any case."""
         if compiled and self.compiled is not None:
-            with self.numerics.autocast(inputs.device):
+            with self.numerics.evaluating(inputs.device):
                 return self.compiled(inputs).float()
         with self.numerics.training(inputs.device):
             output: Tensor = self.rest(inputs)

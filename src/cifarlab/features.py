@@ -104,7 +104,7 @@ class FrozenStages:
     def _compute(self, pixels: Tensor) -> Tensor:
         """(B, h, w, C), channels last, as most layers like them and as rows are copied fastest; or (B, C)."""
         self.computed += len(pixels)
-        with self._numerics.autocast(pixels.device):
+        with self._numerics.evaluating(pixels.device):
             output: Tensor = self.front(pixels)
         return (output.permute(0, 2, 3, 1) if output.ndim == 4 else output).to(self.dtype)
 

@@ -19,11 +19,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
-from torch.overrides import TorchFunctionMode
 
 from cifarlab import machine
+from cifarlab.convolutions import ConvolutionMode
 from cifarlab.recipe_sections import NumericsChoice
 
 # How far the first loss may be from fp32's, as a share of it, and how far the direction of the gradient may turn. bf16
@@ -57,7 +55,7 @@ class Numerics:
     dtype: of convolutions and products, by autocast; weights are float32. memory_format: how images and convolution
     weights lie in memory. compiled: whether training runs a compiled network, or compiled frozen stages before one that
     isn't. deterministic: whether the same bits are promised. benchmark: whether cuDNN times its ways of each
-    convolution when it meets it first.
+    convolution when it meets it first. fourier: whether 3x3 convolutions of small maps are products of frequencies.
     """
 
     name: str
@@ -67,6 +65,7 @@ class Numerics:
     deterministic: bool
     tf32: bool = False
     benchmark: bool = False
+    fourier: bool = False
 
     def activate(self, device: torch.device) -> None:
         """Set torch's process-wide switches for it."""
@@ -79,20 +78,21 @@ class Numerics:
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
 
-    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """In which a network's forward runs."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.dtype)
+    def evaluating(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """In which a network's forward runs that is to have no backward, or that is compiled."""
+        return self._within(device, depthwise=False)
 
     def training(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """In which a forward runs that is to have a backward, and that is not compiled."""
-        if device.type == "cpu" and self.dtype == torch.bfloat16:
-            stack = contextlib.ExitStack()
-            stack.enter_context(self.autocast(device))
-            stack.enter_context(_DepthwiseMode())
-            return stack
-        return self.autocast(device)
+        return self._within(device, depthwise=device.type == "cpu" and self.dtype == torch.bfloat16)
+
+    def _within(self, device: torch.device, *, depthwise: bool) -> contextlib.AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        if self.dtype != torch.float32:
+            stack.enter_context(torch.autocast(device.type, dtype=self.dtype))
+        if depthwise or self.fourier:
+            stack.enter_context(ConvolutionMode(depthwise=depthwise, fourier=self.fourier))
+        return stack
 
 
 def exact(device: torch.device, *, channels_last_on_cpu: bool) -> Numerics:
@@ -111,7 +111,10 @@ def chosen(device: torch.device, choice: NumericsChoice) -> Numerics:
     layout = _layout(choice.channels_last)
     deterministic = device.type == "cpu"
     return _active(
-        Numerics(str(choice), dtype, layout, choice.compile, deterministic, choice.tf32, choice.benchmark), device
+        Numerics(
+            *(str(choice), dtype, layout, choice.compile, deterministic, choice.tf32, choice.benchmark, choice.fourier)
+        ),
+        device,
     )
 
 
@@ -125,94 +128,6 @@ def _active(numbers: Numerics, device: torch.device) -> Numerics:
         # It misses CUDA aloud on machines without.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return numbers
-
-
-class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution in bf16 whose backward keeps to what CPUs do fast.
-
-    In bf16, oneDNN takes up to 50 times as long for the weight's gradient once a kernel is wider than 3, and for the
-    images' gradient once there is a stride. So the first is put together from kernels that are 3 wide, and the second
-    computed in fp32. Both are rounded to bf16, as bf16's own are.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-    ) -> Tensor:
-        ctx.save_for_backward(images, weight)
-        ctx.places = stride, padding, dilation
-        return F.conv2d(images, weight.to(images.dtype), None, stride, padding, dilation, images.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight = ctx.saved_tensors
-        stride, padding, dilation = ctx.places
-        channels, plain = images.shape[1], dilation == [1, 1]
-        of_images = of_weight = None
-        if ctx.needs_input_grad[0]:
-            dtype = images.dtype if plain and stride == [1, 1] else torch.float32
-            # Not `torch.nn.grad.conv2d_input`, which doesn't know how the images lie in memory.
-            of_images = torch.ops.aten.convolution_backward(
-                gradient.to(dtype),
-                images.to(dtype),
-                weight.to(dtype),
-                *(None, stride, padding, dilation, False, [0, 0], channels, [True, False, False]),
-            )[0].to(images.dtype)
-        if ctx.needs_input_grad[1] and plain and weight.shape[3] > 3:
-            of_weight = _gradient_of_wide(images, weight, gradient, stride, padding)
-        elif ctx.needs_input_grad[1]:
-            dtype = images.dtype if plain else torch.float32
-            of_weight = conv2d_weight(  # type: ignore[no-untyped-call]
-                images.to(dtype), weight.shape, gradient.to(dtype), stride, padding, dilation, channels
-            ).to(weight.dtype)
-        return of_images, of_weight, None, None, None
-
-
-def _gradient_of_wide(
-    images: Tensor, weight: Tensor, gradient: Tensor, stride: list[int], padding: list[int]
-) -> Tensor:
-    """The gradient of a depthwise weight that is more than 3 wide: those of kernels that are 3 wide, side by side."""
-    channels, _, height, width = weight.shape
-    result = torch.empty_like(weight)
-    reach = (gradient.shape[3] - 1) * stride[1] + 3  # so many columns are seen by a kernel that is 3 wide
-    for left in (*range(0, width - 3, 3), width - 3):
-        before = padding[1] - left
-        part = F.pad(images, (before, reach - before - images.shape[3]))  # cut off where that is less than 0
-        result[..., left : left + 3] = conv2d_weight(  # type: ignore[no-untyped-call]
-            part, (channels, 1, height, 3), gradient, stride, (padding[0], 0), groups=channels
-        )
-    return result
-
-
-class _DepthwiseMode(TorchFunctionMode):
-    """Puts `_Depthwise` in the place of depthwise convolutions that are to have a backward."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.conv2d and torch.is_grad_enabled():
-            call = _convolution(*args, **(kwargs or {}))
-            if call is not None:
-                return call
-        return func(*args, **(kwargs or {}))
-
-
-def _convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor | None:
-    """`F.conv2d` of its arguments by `_Depthwise`; None where it is no depthwise convolution of a batch."""
-    depthwise = 1 < groups == input.shape[-3] and input.ndim == 4 and not isinstance(padding, str)
-    if not depthwise or not (input.requires_grad or weight.requires_grad):
-        return None
-    pairs = [[value] * 2 if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
-    output: Tensor = _Depthwise.apply(input.to(torch.bfloat16), weight, *pairs)
-    return output if bias is None else output + bias.to(output.dtype).view(1, -1, 1, 1)
 
 
 def _layout(channels_last: bool) -> torch.memory_format:
@@ -251,6 +166,8 @@ def impossible(device: torch.device, choice: NumericsChoice) -> str | None:
         return "PyTorch's gradients of BatchNorm are wrong there with channels last"
     if device.type != "cuda" and (choice.tf32 or choice.benchmark):
         return f"{'tf32' if choice.tf32 else 'benchmark'} is for CUDA devices"
+    if choice.fourier and device.type != "cpu":
+        return "fourier is for CPUs"
     if choice.dtype == "bfloat16":
         if device.type == "cpu" and not machine.has_fast_bf16():
             return "this CPU only emulates bfloat16, which can be 25 times slower than float32"
@@ -319,13 +236,14 @@ def measure(
     compilations: int,
     frozen: bool = False,
     one_size: bool = True,
+    fourier: bool = False,
 ) -> tuple[NumericsChoice, list[Trial]]:
     """Time each way of doing a step, and say which gets `steps` of them done first.
 
     make_step: a fresh network, optimizer and batch, the same each time. compilations: how many times the step would
     be compiled, once for each resolution. frozen: whether there are stages that don't train, and are computed at each
-    step. one_size: whether all batches but the last have one size; else nothing is compiled. What doesn't agree with
-    the first way, fp32, is refused.
+    step. one_size: whether all batches but the last have one size; else nothing is compiled. fourier: whether there are
+    convolutions that may be faster by way of frequencies. What doesn't agree with the first way, fp32, is refused.
     """
     trials: list[Trial] = []
     running: dict[int, Step] = {}
@@ -396,7 +314,9 @@ def measure(
 
     if device.type == "cuda" and left() > WORTH_TRYING * BENCHMARK:
         invest([best().choice.model_copy(update={"benchmark": True})])
-    plain, compiled = best().choice, list[NumericsChoice]()
+    if fourier:
+        invest([best().choice.model_copy(update={"fourier": True})])
+    plain, compiled = best().choice.model_copy(update={"fourier": False}), list[NumericsChoice]()
     if one_size and can_compile(device):
         if frozen and left() > WORTH_TRYING * FRONT_COMPILATION:
             compiled.append(plain.model_copy(update={"compile": "frozen"}))

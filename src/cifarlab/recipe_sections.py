@@ -210,6 +210,15 @@ class NumericsChoice(Section):
     benchmark: Boolean = Field(
         False, description="let cuDNN time its ways of each convolution first: seconds to half a minute at the start"
     )
+    fourier: Boolean = Field(
+        False, description="compute 3x3 convolutions of small maps by their frequencies, for CPUs; not with compile"
+    )
+
+    @model_validator(mode="after")
+    def _fourier_is_eager(self) -> NumericsChoice:
+        if self.fourier and self.compile:
+            raise ValueError("fourier and compile don't go together; leave one of them out")
+        return self
 
     def __str__(self) -> str:
         parts = [
@@ -217,6 +226,7 @@ class NumericsChoice(Section):
             "channels last" if self.channels_last else "channels first",
             {False: "eager", True: "compiled", "frozen": "frozen stages compiled"}[self.compile],
             *(["benchmarked"] if self.benchmark else []),
+            *(["small maps by frequencies"] if self.fourier else []),
         ]
         return ", ".join(parts)
 
@@ -229,8 +239,9 @@ def _check_numerics(value: Any) -> Any:
             return NumericsChoice.model_validate(value)
         except ValidationError as error:  # here, as pydantic would tell it for each kind of value that this could be
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+            field = "".join(f"{part}: " for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{field}{message[:1].lower()}{message[1:]}") from None
     raise ValueError(
         "expected exact (fp32, eager, deterministic), auto (the fastest here, by measurement) or a choice such as "
         f"{{dtype: bfloat16, channels_last: true}}, not {value!r}"
