@@ -267,7 +267,7 @@ def test_cudnns_own_benchmark_is_tried_on_long_runs_on_a_gpu_and_must_pay_for_it
         assert "benchmarked: " in str(trials[2]) and "19 s until it ran" in str(trials[2])
 
 
-@pytest.mark.parametrize(("seconds", "faster"), [(0.19, True), (0.21, False)])
+@pytest.mark.parametrize(("seconds", "faster"), [(0.16, True), (0.19, True), (0.21, False)])
 def test_products_of_frequencies_are_tried_where_a_network_has_small_maps_and_taken_where_they_are_faster(
     monkeypatch: pytest.MonkeyPatch, seconds: float, faster: bool
 ) -> None:
@@ -276,7 +276,12 @@ def test_products_of_frequencies_are_tried_where_a_network_has_small_maps_and_ta
     ways = {FP32: {"seconds": 0.4}, BF16: {"seconds": 0.2}, way: {"seconds": seconds}, compiled: {"seconds": 0.3}}
     choice, trials = Machine(monkeypatch, ways).choose(steps=10_000, fourier=True)
     assert choice == (way if faster else BF16)
-    assert [trial.choice for trial in trials] == [FP32, BF16, way, compiled]  # which is compiled without them
+    assert [trial.choice for trial in trials] == [
+        FP32,
+        BF16,
+        way,
+        *([compiled] if seconds > 0.17 else []),
+    ]  # compiled without them
     assert "small maps by frequencies" in str(trials[2])
     choice, trials = Machine(monkeypatch, ways).choose(steps=10_000)
     assert choice == BF16 and way not in [trial.choice for trial in trials]

@@ -39,6 +39,7 @@ COMPILATION, FRONT_COMPILATION = 60.0, 10.0
 # So many times as long as that must the rest of the run be: compilation gains a fifth where it gains at all, which is
 # about half of the time.
 WORTH_TRYING = 10
+COMPILED_GAIN = 1.2
 # Nor does it make up for a dtype that takes so many times as long.
 CATCHES_UP = 1.5
 # What has to be prepared must be so much faster: a few steps are measured no better than that, and compiled ones have
@@ -314,10 +315,12 @@ def measure(
 
     if device.type == "cuda" and left() > WORTH_TRYING * BENCHMARK:
         invest([best().choice.model_copy(update={"benchmark": True})])
+    direct = best()
     if fourier:
-        invest([best().choice.model_copy(update={"fourier": True})])
-    plain, compiled = best().choice.model_copy(update={"fourier": False}), list[NumericsChoice]()
-    if one_size and can_compile(device):
+        invest([direct.choice.model_copy(update={"fourier": True})])
+    plain, compiled = direct.choice, list[NumericsChoice]()
+    # Compilation leaves convolutions as they are: where frequencies save more than it ever does, it isn't tried.
+    if one_size and can_compile(device) and (direct.seconds or 0.0) < COMPILED_GAIN * (best().seconds or 0.0):
         if frozen and left() > WORTH_TRYING * FRONT_COMPILATION:
             compiled.append(plain.model_copy(update={"compile": "frozen"}))
         if left() > WORTH_TRYING * COMPILATION:
