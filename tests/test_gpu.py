@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cifarlab import experiment, machine
+from cifarlab.graphs import StepGraphs
 from cifarlab.recipe import Recipe
 from cifarlab.train import StopRequest
 from short_runs import CPU, Quiet, make_dataset, recipe
@@ -64,6 +65,32 @@ def test_no_step_waits_for_the_device_and_all_give_the_cpu_s_losses(
     assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-3)
     # Sums in another order are other roundings, and every step builds on those before.
     assert on_gpu == pytest.approx(on_cpu, rel=0.1)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_steps_that_are_replayed_as_cuda_graphs_give_the_losses_of_those_that_are_launched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = losses(SETTINGS[name], tmp_path / "launched", GPU, monkeypatch)
+    captured, capture = [], StepGraphs._capture
+
+    def counted(*arguments: Any) -> Any:
+        captured.append(capture(*arguments))
+        return captured[-1]
+
+    monkeypatch.setattr(StepGraphs, "_capture", counted)
+    graphs = [*SETTINGS[name], "train.numerics={graphs: true}"]
+    replayed = losses(
+        graphs,
+        tmp_path / "replayed",
+        GPU,
+        monkeypatch,
+        begin=lambda: torch.cuda.set_sync_debug_mode("error"),
+        end=lambda: torch.cuda.set_sync_debug_mode("default"),
+    )
+    assert captured and None not in captured
+    assert replayed[:3] == pytest.approx(launched[:3], rel=1e-3)
+    assert replayed == pytest.approx(launched, rel=0.1)
 
 
 def test_an_upload_does_not_wait_and_a_plain_copy_does() -> None:

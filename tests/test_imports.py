@@ -55,6 +55,7 @@ ORDER = (
     "rundir",
     "metrics",
     "features",
+    "graphs",
     "evaluate",
     "flops",
     "pruning",

@@ -23,9 +23,10 @@ from cifarlab.train import StopRequest
 from short_runs import SMALL, Quiet, make_dataset, run, without_times
 
 CPU = torch.device("cpu")
-FP32, LAST, BF16, BF16_FIRST = (
+FP32, LAST, GRAPHS, BF16, BF16_FIRST = (
     NumericsChoice(),
     NumericsChoice(channels_last=True),
+    NumericsChoice(channels_last=True, graphs=True),
     NumericsChoice(dtype="bfloat16", channels_last=True),
     NumericsChoice(dtype="bfloat16"),
 )
@@ -79,9 +80,9 @@ class Machine:
             raise way["error"]
 
         def run() -> Tensor:
-            first = self.steps[choice] == 0
+            extra = {0: "setup", 1: "capture"}.get(self.steps[choice], "")
             self.steps[choice] += 1
-            self.now += way["seconds"] + (way.get("setup", 0.0) if first else 0.0)
+            self.now += way["seconds"] + way.get(extra, 0.0)
             return torch.tensor(way.get("loss", 2.0))
 
         return Step(run, lambda: [torch.tensor(way.get("gradient", [1.0, 0.0])), torch.tensor([2.0])])
@@ -259,12 +260,31 @@ def test_cudnns_own_benchmark_is_tried_on_long_runs_on_a_gpu_and_must_pay_for_it
     monkeypatch.setattr("cifarlab.machine.synchronize", lambda _: None)
     way = LAST.model_copy(update={"benchmark": True})
     gain = 0.01 if steps == 20_000 else 0.0004
-    ways = {FP32: {"seconds": 0.03}, LAST: {"seconds": 0.02}, way: {"seconds": 0.02 - gain, "setup": 19.0}}
+    ways: dict[NumericsChoice, dict[str, Any]] = {FP32: {"seconds": 0.03}, LAST: {"seconds": 0.02}}
+    ways[way] = {"seconds": 0.02 - gain, "setup": 19.0}
+    ways[GRAPHS] = {"error": RuntimeError("a step of it can't be captured")}
     choice, trials = Machine(monkeypatch, ways).choose(steps=steps, device=torch.device(device))
     assert choice == (way if chosen else LAST)
-    assert [trial.choice for trial in trials] == [FP32, LAST, *([way] if tried else [])]
+    graphs = [GRAPHS] if device == "cuda" else []
+    assert [trial.choice for trial in trials] == [FP32, LAST, *graphs, *([way] if tried else [])]
     if tried:
-        assert "benchmarked: " in str(trials[2]) and "19 s until it ran" in str(trials[2])
+        assert "benchmarked: " in str(trials[3]) and "19 s until it ran" in str(trials[3])
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [(0.008, True), (0.03, False)])
+def test_cuda_graphs_are_tried_on_a_gpu_once_captured_and_what_is_tried_after_them_has_them_too(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, faster: bool
+) -> None:
+    monkeypatch.setattr("cifarlab.machine.synchronize", lambda _: None)
+    best = GRAPHS if faster else LAST
+    benchmarked = best.model_copy(update={"benchmark": True})
+    ways = {FP32: {"seconds": 0.03}, LAST: {"seconds": 0.02}, GRAPHS: {"seconds": seconds, "capture": 5.0}}
+    ways[benchmarked] = {"seconds": 0.002, "setup": 19.0}
+    choice, trials = Machine(monkeypatch, ways).choose(steps=100, device=torch.device("cuda"))
+    assert choice == best and [trial.choice for trial in trials] == [FP32, LAST, GRAPHS]
+    assert str(trials[2]) == f"float32, channels last, eager, as CUDA graphs: {seconds * 1000:,.0f} ms a step"
+    assert trials[2].seconds == pytest.approx(seconds)
+    assert Machine(monkeypatch, ways).choose(steps=100_000, device=torch.device("cuda"))[0] == benchmarked
 
 
 @pytest.mark.parametrize(("seconds", "faster"), [(0.16, True), (0.19, True), (0.21, False)])
@@ -312,6 +332,7 @@ def test_the_choice_alone_decides_whether_cudnn_benchmarks(benchmark: bool) -> N
         ("cpu", NumericsChoice(benchmark=True), "CUDA"),
         ("cpu", NumericsChoice(tf32=True), "CUDA"),
         ("mps", NumericsChoice(tf32=True), "CUDA"),
+        ("cpu", NumericsChoice(graphs=True), "graphs is for CUDA devices"),
         ("cuda", NumericsChoice(fourier=True), "CPUs"),
         ("cpu", BF16, "emulates bfloat16"),
         ("cpu", NumericsChoice(dtype="float16"), "float16 is slower"),

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from cifarlab.errors import RecipeError
 from cifarlab.models import build_model
-from cifarlab.models.racing import WhiteningConv, fit_whitening, racing
+from cifarlab.models.racing import WhiteningConv, _Maximum, fit_whitening, racing
+from cifarlab.numerics import can_compile
 from cifarlab.optim import build_optimizer, set_learning_rate
 from cifarlab.recipe import load_recipe, make_recipe
 from cifarlab.recipe_optimizer import MuonOptimizer
@@ -301,3 +302,16 @@ def test_airbench94_is_valid_for_its_dataset() -> None:
     recipe = load_recipe("airbench94").resolved(dataset="cifar10", seed=3)
     again = make_recipe(recipe.to_dict())
     assert again == recipe and again.optimizer == recipe.optimizer
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no compiler here")
+def test_the_maximum_s_gradient_is_finite_where_it_is_compiled_in_bf16() -> None:
+    tail = nn.Sequential(nn.BatchNorm2d(4), nn.GELU(), _Maximum())
+    images = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gradients = []
+    for forward in (tail, torch.compile(tail, dynamic=False)):
+        features = images.clone().requires_grad_()
+        torch.autograd.backward(forward(features).float().square().sum())
+        assert features.grad is not None
+        gradients.append(features.grad)
+    torch.testing.assert_close(*gradients, atol=0.05, rtol=0.05)

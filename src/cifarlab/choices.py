@@ -24,10 +24,9 @@ from cifarlab.errors import RunError
 from cifarlab.models import outline
 from cifarlab.models.chain import set_mode
 from cifarlab.models.weights import Weights
-from cifarlab.optim import build_optimizer
 from cifarlab.recipe import Recipe, make_recipe
 from cifarlab.recipe_sections import NumericsChoice
-from cifarlab.train import Backward, apply_gradients, make_batch, make_scaler
+from cifarlab.train import TrainingBatch, TrainingStep, make_batch
 
 # Batch sizes are tried from the smallest on; learning rates are meant for the one of reference.
 SMALLEST_BATCH, REFERENCE_BATCH = 32, 128
@@ -280,8 +279,8 @@ def measured_step(
     if task.network.numerics.compiled and task.network.compiled is None:
         raise RuntimeError("there is nothing in this network that could be compiled")
     _wake(task.network.model)
-    scaler = make_scaler(task)
-    optimizer = build_optimizer(recipe.optimizer, task.network.model, scaled=scaler is not None)
+    take_step = TrainingStep(recipe, task, lambda _: None)
+    optimizer, scaler = take_step.optimizer, take_step.scaler
     set_mode(task.network.model, recipe.model.freeze_stages, backbone=False)
     found = next(iter(task.store.batches(task.train, recipe.train.batch)))
     draws = task.pipeline.draw(recipe.seed, 0, len(task.store))
@@ -289,18 +288,15 @@ def measured_step(
 
     # What is cached is computed once a version in training, and so is not a part of most steps.
     kept = make_batch(recipe, task, found, draws, 0, 1, 1) if frozen_batch or recipe.caches else None
-    fitting_backward = Backward(recipe, task, scaler)
 
-    def add_gradients() -> Tensor:
+    def next_batch() -> TrainingBatch:
         task.network.numerics.activate(device)
-        batch = kept if kept is not None else make_batch(recipe, task, found, draws, 0, 1, 1)
-        optimizer.zero_grad(set_to_none=True)
-        loss, _ = fitting_backward(batch, 0)
-        return loss
+        return kept if kept is not None else make_batch(recipe, task, found, draws, 0, 1, 1)
 
     def run() -> Tensor:
-        loss = add_gradients()
-        apply_gradients(recipe, task.network.model, optimizer, scaler)
+        loss, _ = take_step(next_batch(), 0)
+        if take_step.graphs_failed:  # training would go on without
+            raise RuntimeError("a step of it can't be captured")
         return loss
 
     def gradients() -> list[Tensor]:
@@ -309,13 +305,13 @@ def measured_step(
     if scaler is not None:
         # The scale begins too high, and is halved at each overflow, at which nothing else is done.
         for _ in range(SCALES):
-            add_gradients()
+            take_step.set_gradients(next_batch(), 0)
             if all(torch.isfinite(gradient).all() for gradient in gradients()):
                 break
             scaler.step(optimizer)
             scaler.update()
 
-    return numerics.Step(run, gradients, lambda: fitting_backward.accumulate == recipe.train.accumulate)
+    return numerics.Step(run, gradients, lambda: take_step.accumulate == recipe.train.accumulate)
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ def score_run(
         data_folder = recorded
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice):
-        choice = choice.model_copy(update={"compile": False})  # nothing is, in evaluation
+        choice = choice.model_copy(update={"compile": False, "graphs": False})  # nothing is, in evaluation
         recipe = recipe.with_train(numerics=choice)
         if (reason := numerics.impossible(device, choice)) is not None:
             report(f"the run's numerics ({choice}) are not to be had here: {reason}; scoring in float32")

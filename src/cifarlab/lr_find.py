@@ -15,10 +15,10 @@ import numpy as np
 
 from cifarlab.errors import DivergedError, UsageError
 from cifarlab.models.chain import set_mode
-from cifarlab.optim import build_optimizer, set_learning_rate
+from cifarlab.optim import set_learning_rate
 from cifarlab.recipe import Recipe
 from cifarlab.schedule import Values
-from cifarlab.train import Backward, Task, apply_gradients, make_batches, make_scaler
+from cifarlab.train import Task, TrainingStep, make_batches
 
 SMOOTHING = 0.9  # of the loss, as an exponential moving average without its bias
 TOO_HIGH = 4.0  # the test ends where the smoothed loss is so many times its lowest
@@ -59,19 +59,16 @@ def learning_rate_test(
     """
     check_range(low, high, steps)
     model = task.network.model
-    scaler = make_scaler(task)
-    optimizer = build_optimizer(recipe.optimizer, model, scaled=scaler is not None)
+    take_step = TrainingStep(recipe, task, lambda _: None)
     set_mode(model, recipe.model.freeze_stages, backbone=False)
     batches = make_batches(recipe, dataclasses.replace(task, pipelines=((0.0, task.pipelines[-1][1]),)), 0, steps)
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
-    fitting_backward = Backward(recipe, task, scaler)
     for step in range(steps):
         rate = low * (high / low) ** (step / (steps - 1))
-        set_learning_rate(optimizer, Values(rate / recipe.optimizer.lr, None))
-        optimizer.zero_grad(set_to_none=True)
-        loss, _ = fitting_backward(next(batches), step)
+        set_learning_rate(take_step.optimizer, Values(rate / recipe.optimizer.lr, None))
+        loss, _ = take_step(next(batches), step)
         average = SMOOTHING * average + (1 - SMOOTHING) * loss.item()
         smoothed = average / (1 - SMOOTHING ** (step + 1))
         if not math.isfinite(smoothed) or (losses and smoothed > TOO_HIGH * min(losses)):
@@ -79,7 +76,6 @@ def learning_rate_test(
         rates.append(rate)
         losses.append(smoothed)
         progress(step + 1, rate, smoothed)
-        apply_gradients(recipe, model, optimizer, scaler)
     if not losses:
         raise DivergedError(f"the loss is not finite at the first step, with a learning rate of {low:g}")
     return LearningRateTest(rates, losses, *read_curve(rates, losses))

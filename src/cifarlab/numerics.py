@@ -45,6 +45,8 @@ CATCHES_UP = 1.5
 # What has to be prepared must be so much faster: a few steps are measured no better than that, and compiled ones have
 # been slower in a run than they were here.
 WORTH_PREPARING = 1.05
+# The second step of a kind is captured as a CUDA graph, and those that follow replay it.
+CAPTURED_AFTER = 2
 # So many seconds cuDNN took, on an H200, to time its ways of each of a network's convolutions.
 BENCHMARK = 20.0
 
@@ -56,7 +58,8 @@ class Numerics:
     dtype: of convolutions and products, by autocast; weights are float32. memory_format: how images and convolution
     weights lie in memory. compiled: whether training runs a compiled network, or compiled frozen stages before one that
     isn't. deterministic: whether the same bits are promised. benchmark: whether cuDNN times its ways of each
-    convolution when it meets it first. fourier: whether 3x3 convolutions of small maps are products of frequencies.
+    convolution when it meets it first. graphs: whether training steps are replayed as CUDA graphs. fourier: whether 3x3
+    convolutions of small maps are products of frequencies.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Numerics:
     deterministic: bool
     tf32: bool = False
     benchmark: bool = False
+    graphs: bool = False
     fourier: bool = False
 
     def activate(self, device: torch.device) -> None:
@@ -113,7 +117,15 @@ def chosen(device: torch.device, choice: NumericsChoice) -> Numerics:
     deterministic = device.type == "cpu"
     return _active(
         Numerics(
-            *(str(choice), dtype, layout, choice.compile, deterministic, choice.tf32, choice.benchmark, choice.fourier)
+            str(choice),
+            dtype,
+            layout,
+            choice.compile,
+            deterministic,
+            tf32=choice.tf32,
+            benchmark=choice.benchmark,
+            graphs=choice.graphs,
+            fourier=choice.fourier,
         ),
         device,
     )
@@ -165,8 +177,9 @@ def impossible(device: torch.device, choice: NumericsChoice) -> str | None:
     """Why a device can't compute in that way, as a clause; None where it can."""
     if choice.channels_last and device.type == "mps":
         return "PyTorch's gradients of BatchNorm are wrong there with channels last"
-    if device.type != "cuda" and (choice.tf32 or choice.benchmark):
-        return f"{'tf32' if choice.tf32 else 'benchmark'} is for CUDA devices"
+    for field in ("tf32", "benchmark", "graphs"):
+        if getattr(choice, field) and device.type != "cuda":
+            return f"{field} is for CUDA devices"
     if choice.fourier and device.type != "cpu":
         return "fourier is for CPUs"
     if choice.dtype == "bfloat16":
@@ -258,6 +271,8 @@ def measure(
             step = make_step(choice)
             trial.loss = step.run().item()
             gradient = [value.float().cpu().clone() for value in step.gradients()]
+            for _ in range(CAPTURED_AFTER if choice.graphs else 0):
+                step.run()
         except (RuntimeError, MemoryError, torch._dynamo.exc.TorchDynamoException) as error:
             trial.refused = " ".join(str(error).split())[:200] or type(error).__name__
             return trial
@@ -313,6 +328,8 @@ def measure(
     def left() -> float:
         return (best().seconds or 0.0) * steps / compilations
 
+    if device.type == "cuda":
+        invest([best().choice.model_copy(update={"graphs": True})])
     if device.type == "cuda" and left() > WORTH_TRYING * BENCHMARK:
         invest([best().choice.model_copy(update={"benchmark": True})])
     direct = best()

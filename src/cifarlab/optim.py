@@ -165,8 +165,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, values: Values, fading: 
                 group["momentum"] = values.momentum
 
 
-class _ByGroups(torch.optim.Optimizer):
-    """An optimizer that steps a group's parameters together, those that have a gradient."""
+class ByGroups(torch.optim.Optimizer):
+    """An optimizer that steps a group's parameters together, those that have a gradient.
+
+    A group's `lr` may be a scalar tensor on the device of its parameters: a CUDA graph reads its value in each replay.
+    """
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -198,7 +201,7 @@ class _ByGroups(torch.optim.Optimizer):
         return [self.state[weight][name] for weight in weights]
 
 
-class Lion(_ByGroups):
+class Lion(ByGroups):
     """Lion, algorithm 2 of arXiv 2302.06675, with decoupled weight decay:
 
     u = sign(b1 × m + (1 - b1) × g);  w = w - lr × (u + weight_decay × w);  m = b2 × m + (1 - b2) × g
@@ -219,11 +222,11 @@ class Lion(_ByGroups):
         updates = torch._foreach_lerp(gradients, momenta, beta1)
         torch._foreach_sign_(updates)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        _move(weights, updates, group["lr"])
         torch._foreach_lerp_(momenta, gradients, 1 - beta2)
 
 
-class MuonSGD(_ByGroups):
+class MuonSGD(ByGroups):
     """Muon as in the CIFAR-10 speedruns (airbench94), beside SGD with Nesterov's momentum; a group says which it gets.
 
     With a matrix W of r rows, a convolution's filters as rows, gradient G and momentum M (`use_muon`):
@@ -252,7 +255,15 @@ class MuonSGD(_ByGroups):
             updates = [_orthogonal(update, group["ns_steps"]) for update in updates]
             for weight in weights:
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        _move(weights, updates, group["lr"])
+
+
+def _move(weights: list[Tensor], updates: list[Tensor] | tuple[Tensor, ...], lr: float | Tensor) -> None:
+    """weights -= lr × updates"""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(weights, torch._foreach_mul(updates, lr))
+    else:
+        torch._foreach_add_(weights, updates, alpha=-lr)
 
 
 def _orthogonal(update: Tensor, steps: int) -> Tensor:

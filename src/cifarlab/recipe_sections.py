@@ -210,6 +210,9 @@ class NumericsChoice(Section):
     benchmark: Boolean = Field(
         False, description="let cuDNN time its ways of each convolution first: seconds to half a minute at the start"
     )
+    graphs: Boolean = Field(
+        False, description="replay a step's kernels as a CUDA graph, so that none waits for the processor to launch it"
+    )
     fourier: Boolean = Field(
         False, description="compute 3x3 convolutions of small maps by their frequencies, for CPUs; not with compile"
     )
@@ -226,6 +229,7 @@ class NumericsChoice(Section):
             "channels last" if self.channels_last else "channels first",
             {False: "eager", True: "compiled", "frozen": "frozen stages compiled"}[self.compile],
             *(["benchmarked"] if self.benchmark else []),
+            *(["as CUDA graphs"] if self.graphs else []),
             *(["small maps by frequencies"] if self.fourier else []),
         ]
         return ", ".join(parts)

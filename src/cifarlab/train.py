@@ -26,16 +26,19 @@ from cifarlab.background import Writer
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import mix
+from cifarlab.download import Report
 from cifarlab.errors import DivergedError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.features import CacheKey
 from cifarlab.flops import TrainingFlops
+from cifarlab.graphs import StepGraphs, Tensors
 from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
-from cifarlab.optim import build_optimizer, set_learning_rate
+from cifarlab.optim import ByGroups, build_optimizer, set_learning_rate
 from cifarlab.pruning import Pruning
 from cifarlab.recipe import Recipe
+from cifarlab.recipe_schedule import OneCycleSchedule
 from cifarlab.rundir import RunFolder, serialized
 from cifarlab.schedule import values as schedule_values
 from cifarlab.seeds import derive_seed
@@ -228,8 +231,8 @@ def train(
     model = network.model
     stages = recipe.model.freeze_stages  # that train no more
     average = task.average
-    scaler = make_scaler(task)
-    optimizer = build_optimizer(recipe.optimizer, model, scaled=scaler is not None)
+    take_step = TrainingStep(recipe, task, display.report)
+    optimizer, scaler = take_step.optimizer, take_step.scaler
     pruning = Pruning(section.prune, recipe.seed, len(task.store), task.device) if section.prune is not None else None
     steps_per_epoch = len(in_batches(task.train, section.batch))
     total_steps = max(1, round(section.epochs * steps_per_epoch))
@@ -242,7 +245,6 @@ def train(
 
     step = images = saved_step = 0
     flops = TrainingFlops(network)
-    fitting_backward = Backward(recipe, task, scaler)
     last_step = total_steps  # early stopping lowers it
     lr = 0.0
     epoch_began = saved_at = 0.0  # seconds of training time
@@ -309,7 +311,7 @@ def train(
             sums=sums.state(),
             images=images,
             flops=flops.total(),
-            accumulate=fitting_backward.accumulate,
+            accumulate=take_step.accumulate,
             pruning=pruning.state() if pruning is not None else None,
         )
         writer.do(partial(run.keep_latest, section.keep))
@@ -397,12 +399,8 @@ def train(
                     bias.requires_grad_(False)
             set_learning_rate(optimizer, values, fading)
             lr = recipe.optimizer.lr * values.lr
-            optimizer.zero_grad(set_to_none=True)
-            loss, logits = fitting_backward(batch, step)
-            if fitting_backward.accumulate > log["accumulate"]:
-                log["accumulate"] = fitting_backward.accumulate
-                display.report(f"memory ran out: from here on a batch is computed in {log['accumulate']} parts")
-            apply_gradients(recipe, model, optimizer, scaler)
+            loss, logits = take_step(batch, step)
+            log["accumulate"] = take_step.accumulate
             step += 1
             if average is not None:
                 average.ema.update(model, step)
@@ -539,6 +537,70 @@ def apply_gradients(
     else:
         scaler.step(optimizer)
         scaler.update()
+
+
+class TrainingStep:
+    """What a step does once its batch is there: gradients, and the optimizer's step.
+
+    On a GPU both are replayed as a CUDA graph where `numerics.graphs` says so; the optimizer's step only if it is one
+    of ours, whose learning rates can be read by a graph, and no other of its settings moves.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, report: Report) -> None:
+        self.scaler = make_scaler(task)
+        self.optimizer = build_optimizer(recipe.optimizer, task.network.model, scaled=self.scaler is not None)
+        self._recipe, self._task, self._report = recipe, task, report
+        self._backward = Backward(recipe, task, self.scaler)
+        self._graphs: StepGraphs | None = None
+        moves_momentum = isinstance(recipe.schedule, OneCycleSchedule) and recipe.schedule.cycle_momentum
+        self._whole = isinstance(self.optimizer, ByGroups) and self.scaler is None and not moves_momentum
+        if task.network.numerics.graphs:
+            self._graphs = StepGraphs(task.network.model, self.optimizer, self._work, report)
+
+    @property
+    def accumulate(self) -> int:
+        """In how many parts a batch is computed."""
+        return self._backward.accumulate
+
+    @property
+    def graphs_failed(self) -> bool:
+        """Whether steps were to be replayed as CUDA graphs, and can't be."""
+        return self._graphs is not None and self._graphs.given_up
+
+    def __call__(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Loss and logits, as `backward` returns them; they may be overwritten by the next step."""
+        torch.manual_seed(derive_seed(self._recipe.seed, "step", step))  # what dropout draws from
+        if self._graphs is not None:
+            tensors = (batch.inputs, batch.labels, batch.partners, batch.share, batch.weights)
+            replayed = self._graphs(tensors, self.accumulate, self._whole)
+            if replayed is not None:
+                if not self._whole:
+                    self._apply()
+                return replayed
+        parts = self.accumulate
+        result = self.set_gradients(batch, step)
+        if self.accumulate > parts:
+            self._report(f"memory ran out: from here on a batch is computed in {self.accumulate} parts")
+        self._apply()
+        return result
+
+    def set_gradients(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
+        """The first half of a step. Loss and logits."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._backward(batch, step)
+
+    def _apply(self) -> None:
+        apply_gradients(self._recipe, self._task.network.model, self.optimizer, self.scaler)
+
+    def _work(self, tensors: Tensors, parts: int, whole: bool) -> tuple[Tensor, Tensor]:
+        inputs, labels, partners, share, weights = tensors
+        assert inputs is not None
+        assert labels is not None
+        batch = TrainingBatch(inputs, labels, partners, share, weights=weights)
+        result = backward(self._recipe, self._task, batch, self.scaler, parts)
+        if whole:
+            self._apply()
+        return result
 
 
 class Backward:

@@ -74,6 +74,10 @@ class _Maximum(nn.Module):
     """The maximum of each channel: (B, C, H, W) to (B, C)."""
 
     def forward(self, features: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            # The backward of `amax` looks for the values that equal the maximum. Compiled in bf16 it finds none, as
+            # what was rounded when the maximum was taken is computed anew, unrounded: 0 / 0. This remembers the place.
+            return features.flatten(2).max(2).values
         return features.amax((2, 3))
 
 

@@ -1,0 +1,75 @@
+"""CUDA graphs that are none: what runs while one is captured is written down, undone, and done again at each replay.
+
+As with a real one, a replay reads and writes the very tensors of the capture; numbers that were no tensors then, such
+as a learning rate, are those of the capture for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self.calls.append((func, args, kwargs or {}, [output for output in outputs if id(output) not in given]))
+        return result
+
+
+class PretendedGraph:
+    """In place of torch.cuda.CUDAGraph."""
+
+    replays = 0
+
+    def __init__(self) -> None:
+        self.recorder = _Recorder()
+
+    def replay(self) -> None:
+        type(self).replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, outputs in self.recorder.calls:
+                again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+                for output, value in zip(outputs, again, strict=False):
+                    if output.data_ptr() != value.data_ptr():
+                        output.copy_(value)
+
+
+@contextlib.contextmanager
+def _capturing(graph: PretendedGraph, pool: Any = None) -> Iterator[None]:
+    """In place of torch.cuda.graph."""
+    gc.collect()
+    before = [(tensor, tensor.detach().clone()) for tensor in gc.get_objects() if _is_plain(tensor)]
+    with graph.recorder:
+        yield
+    with torch.no_grad():
+        for tensor, value in before:
+            if tensor.shape == value.shape and not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu" and value.numel() < 1_000_000
+
+
+def pretend_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let CUDA graphs be had on the CPU, for as long as the test runs."""
+    monkeypatch.setattr(PretendedGraph, "replays", 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", _capturing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
