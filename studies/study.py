@@ -70,6 +70,21 @@ class Study(NamedTuple):
             raise SystemExit(done.returncode or f"stopped; the runs so far are in {self.runs}")
         return folder
 
+    def run_together(self, plan: Plan, seeds: range) -> list[RunFolder]:
+        """The finished runs of a plan with each of some seeds, from the recipe's own on, in one process."""
+        place = self.runs / plan.dataset / plan.name.replace(" ", "_") / "together"
+        found = [folder for folder in _runs(place) if _is_finished(folder, plan.test)]
+        if len(found) < len(seeds):
+            command = [sys.executable, "-m", "cifarlab", "run", plan.recipe, "--dataset", plan.dataset]
+            command += ["--seeds", str(len(seeds)), "--data", str(self.data), "--runs", str(place)]
+            command += ["--device", self.device]
+            for value in (*plan.overrides, f"evaluate.test={str(plan.test).lower()}"):
+                command += ["--set", value]
+            subprocess.run(command, check=True)
+            found = [folder for folder in _runs(place) if _is_finished(folder, plan.test)]
+        by_seed = {folder.recipe().seed: folder for folder in found}
+        return [by_seed[seed] for seed in seeds]
+
 
 def add_arguments(parser: argparse.ArgumentParser, runs: str) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-10 and CIFAR-100")
@@ -101,12 +116,17 @@ def line(*cells: str) -> str:
 
 
 def _finished(place: Path, test: bool) -> RunFolder | None:
+    return next((folder for folder in _runs(place) if _is_finished(folder, test) or _diverged(folder)), None)
+
+
+def _runs(place: Path) -> list[RunFolder]:
     with contextlib.suppress(NotARunError):  # there is none yet
-        for folder in find_runs([place]):
-            tested = folder.train_log()["status"] == "finished" and (folder.test_log() is not None or not test)
-            if tested or _diverged(folder):
-                return folder
-    return None
+        return find_runs([place])
+    return []
+
+
+def _is_finished(folder: RunFolder, test: bool) -> bool:
+    return folder.train_log()["status"] == "finished" and (folder.test_log() is not None or not test)
 
 
 def _diverged(folder: RunFolder) -> bool:

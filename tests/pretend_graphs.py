@@ -51,7 +51,7 @@ class PretendedGraph:
 
 
 @contextlib.contextmanager
-def _capturing(graph: PretendedGraph, pool: Any = None) -> Iterator[None]:
+def _capturing(graph: PretendedGraph, pool: Any, capture_error_mode: str) -> Iterator[None]:
     """In place of torch.cuda.graph."""
     gc.collect()
     before = [(tensor, tensor.detach().clone()) for tensor in gc.get_objects() if _is_plain(tensor)]

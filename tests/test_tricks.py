@@ -63,9 +63,10 @@ def test_best_pth_holds_whichever_validates_better_and_says_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
-    for number, (decay, rate) in enumerate(((0.8, 3e-3), (0.8, 3e-2))):
+    # Slow steps leave the average behind, steps that are too large are evened out by it.
+    for number, rate in enumerate((1e-3, 1e-2, 1e-1)):
         noisy = make_dataset(noise=0.2)
-        settings = ["train.epochs=4", f"train.ema={decay}", "data.validation=0.3", f"optimizer.lr={rate}"]
+        settings = ["train.epochs=4", "train.ema=0.8", "data.validation=0.3", f"optimizer.lr={rate}"]
         folder = run(tmp_path / str(number), *settings, dataset=noisy, monkeypatch=monkeypatch)
         log, state = folder.train_log(), folder.load_checkpoint("best.pth")
         offers = {

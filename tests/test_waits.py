@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cifarlab import flops, train
+from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.models import racing
 from pretend_gpu import GPU, WaitError, pretended_gpu
 from short_runs import CPU
@@ -38,6 +39,35 @@ def test_no_step_waits_for_the_device_and_all_give_the_cpu_s_bits(
     # On the CPU it computes maps of 2x2 in a way of its own, whose rounding is another.
     monkeypatch.setattr(racing._Convolution, "forward", nn.Conv2d.forward)
     assert on_gpu == losses(SETTINGS[name], tmp_path / "cpu", CPU, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+@pytest.mark.parametrize(
+    ("name", "pixels", "images"),
+    [
+        # 360 training images in batches of 64; from step 9 on they are larger. The run is stopped in its third epoch.
+        ("airbench94", 2**21, [360, 192, 168, 360]),
+        ("airbench94", 130 * 32**2, [192, 168, 192, 128, 40, 128, 128]),
+        ("airbench94", 1, [64] * 5 + [40] + [64] * 5 + [40] + [64] * 3),
+        ("mixing", 2**21, [360, 360, 360]),
+        ("streamed", 2**21, [64] * 5 + [40] + [64] * 5 + [40] + [64] * 3),
+    ],
+)
+def test_small_batches_are_augmented_several_at_a_time(
+    name: str, pixels: int, images: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    augment = Pipeline.train
+
+    def counted(self: Pipeline, pixels: Tensor, samples: Tensor, draws: Draws) -> Tensor:
+        asked.append(len(samples))
+        return augment(self, pixels, samples, draws)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Pipeline, "train", counted)
+        changed.setattr(train, "AUGMENTED_PIXELS", pixels)
+        watched(name, tmp_path, pytest.MonkeyPatch())
+    assert asked == images
 
 
 def test_a_step_that_reads_its_loss_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,8 @@ class StepGraphs:
             if whole:
                 for group, rate in zip(groups, self._rates, strict=True):
                     group["lr"] = rate
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads go on with what a capture forbids this one, such as pinning the memory of the next batches.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 results = self._work(inputs, parts, whole)
         except RuntimeError as error:
             self.given_up = True

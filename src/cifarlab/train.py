@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -45,6 +45,9 @@ from cifarlab.seeds import derive_seed
 
 # `--profile` looks at so many steps, after so many others.
 PROFILE_STEPS, PROFILE_AFTER = 10, 5
+# On a GPU so many pixels are augmented at a time, for several steps where their batches are small: 2,048 images of
+# 32x32, which are 25 MB, and some times as much on the way.
+AUGMENTED_PIXELS = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -476,24 +479,68 @@ def make_batches(
         pruned = pruning.epoch(order, epoch, steps=steps_per_epoch, share=step / total_steps) if pruning else None
         parts = in_batches(order, recipe.train.batch) if pruned is None else pruned.batches
         draws = task.pipeline.draw(recipe.seed, epoch, len(task.store))
-        for found in task.store.in_parts(parts[done:]):
-            batch = make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch)
-            if pruning is not None:
-                weights = machine.upload(pruned.weights[found.samples], task.device) if pruned else None
-                batch = batch._replace(samples=found.samples, weights=weights)
-            yield batch
-            step += 1
+        groups = _augmented_together(task, parts[done:], step, total_steps)
+        for group, whole in zip(groups, task.store.in_parts([torch.cat(group) for group in groups]), strict=True):
+            pixels: Sequence[Tensor | None] = [None]
+            if len(group) > 1:
+                pipeline = _pipeline_at(task, step, total_steps)
+                images = pipeline.train(whole.pixels, whole.samples, draws)
+                pixels = torch.split(images, [len(part) for part in group])
+            for found, augmented in zip(_apart(whole, group), pixels, strict=True):
+                batch = make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch, augmented)
+                if pruning is not None:
+                    weights = machine.upload(pruned.weights[found.samples], task.device) if pruned else None
+                    batch = batch._replace(samples=found.samples, weights=weights)
+                yield batch
+                step += 1
+
+
+def _pipeline_at(task: Task, step: int, total_steps: int) -> Pipeline:
+    return next(pipeline for share, pipeline in reversed(task.pipelines) if step >= share * total_steps)
+
+
+def _augmented_together(task: Task, parts: Sequence[Tensor], step: int, total_steps: int) -> list[list[Tensor]]:
+    """The parts of an epoch from `step` on, in groups whose images are augmented at a time.
+
+    On a GPU a small batch's augmentation takes longer to launch than to compute, as often as it is launched. What
+    becomes of an image does not depend on the others.
+    """
+    if task.device.type != "cuda" or task.network.frozen is not None or not task.store.resident:
+        return [[part] for part in parts]
+    groups: list[list[Tensor]] = []
+    before, room = None, 0
+    for number, part in enumerate(parts, step):
+        pipeline = _pipeline_at(task, number, total_steps)
+        if pipeline is not before or len(part) > room:
+            groups.append([])
+            room = AUGMENTED_PIXELS // math.prod(pipeline.output_size)
+        groups[-1].append(part)
+        before, room = pipeline, room - len(part)
+    return groups
+
+
+def _apart(whole: Batch, group: Sequence[Tensor]) -> list[Batch]:
+    """What was found of a group, part by part."""
+    if len(group) == 1:
+        return [whole]
+    sizes = [len(part) for part in group]
+    pixels, labels = torch.split(whole.pixels, sizes), torch.split(whole.labels, sizes)
+    return [Batch(*found) for found in zip(pixels, labels, group, strict=True)]
 
 
 def make_batch(
-    recipe: Recipe, task: Task, found: Batch, draws: Draws, step: int, total_steps: int, steps_per_epoch: int
+    recipe: Recipe,
+    task: Task,
+    found: Batch,
+    draws: Draws,
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    augmented: Tensor | None = None,
 ) -> TrainingBatch:
-    """What a step trains on, of the images that it found. draws: those of the step's epoch."""
-
-    def pipeline_at(step: int) -> Pipeline:
-        return next(pipeline for share, pipeline in reversed(task.pipelines) if step >= share * total_steps)
-
-    pipeline = pipeline_at(step)
+    """What a step trains on, of the images that it found. draws: those of the step's epoch. augmented: those images, if
+    that is done already."""
+    pipeline = _pipeline_at(task, step, total_steps)
     if (frozen := task.network.frozen) is not None:
         cycle = recipe.augment.cycle
         assert cycle is not None  # else nothing comes again, and frozen stages are not apart
@@ -503,13 +550,13 @@ def make_batch(
             partial(pipeline.train, found.pixels, found.samples, draws),
             found.samples,
             CacheKey("train", pipeline.output_size[0], step // steps_per_epoch % cycle),
-            keep=again < total_steps and pipeline_at(again) is pipeline,
+            keep=again < total_steps and _pipeline_at(task, again, total_steps) is pipeline,
             images=len(task.store),
             rows=len(task.train),
         )
         computed = torch.Size((len(found.labels), 3, *pipeline.output_size))
         return TrainingBatch(inputs, found.labels, computed=computed if frozen.computed > computed_before else None)
-    pixels = pipeline.train(found.pixels, found.samples, draws)
+    pixels = augmented if augmented is not None else pipeline.train(found.pixels, found.samples, draws)
     if not (recipe.loss.mixup or recipe.loss.cutmix):
         return TrainingBatch(pixels, found.labels)
     mixed = mix(pixels, found.labels, mixup=recipe.loss.mixup, cutmix=recipe.loss.cutmix, seed=recipe.seed, step=step)
