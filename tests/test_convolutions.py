@@ -221,8 +221,8 @@ def test_a_depthwise_convolution_in_bf16_has_the_gradients_of_fp32_at_the_rounde
     torch.autograd.backward(F.conv2d(rounded, wide, groups=6, **settings), upstream.double())
     for gradient, reference in ((ours.grad, rounded.grad), (own.grad, wide.grad)):
         assert gradient is not None and reference is not None
-        # bf16 rounds to 8 bits: by up to 0.4 %.
-        assert (gradient.double() - reference).norm() < 0.004 * reference.norm()
+        # bf16 rounds to 8 bits: by up to 0.4 %; where it is emulated, wide kernels' parts are rounded before their sum.
+        assert (gradient.double() - reference).norm() < 0.008 * reference.norm()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
