@@ -7,7 +7,6 @@ as a learning rate, are those of the capture for ever.
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,14 +21,30 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self.made: set[int] = set()
+        self._before: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in self._written(func, args, kwargs or {}):
+            self._before.append((tensor, tensor.detach().clone()))
         result = func(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         self.calls.append((func, args, kwargs or {}, [output for output in outputs if id(output) not in given]))
         return result
+
+    @staticmethod
+    def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """What a call writes to, of what it is given."""
+        given = [(argument, args[number]) for number, argument in enumerate(func._schema.arguments[: len(args)])]
+        given += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+        written = [value for argument, value in given if argument.alias_info and argument.alias_info.is_write]
+        if func.overloadpacket is torch.ops.aten.native_batch_norm:  # does not say that it updates its statistics
+            written += args[3:5]
+        return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+
+    def undo(self) -> None:
+        for tensor, value in reversed(self._before):
+            tensor.detach().copy_(value)
 
 
 class PretendedGraph:
@@ -53,18 +68,9 @@ class PretendedGraph:
 @contextlib.contextmanager
 def _capturing(graph: PretendedGraph, pool: Any, capture_error_mode: str) -> Iterator[None]:
     """In place of torch.cuda.graph."""
-    gc.collect()
-    before = [(tensor, tensor.detach().clone()) for tensor in gc.get_objects() if _is_plain(tensor)]
     with graph.recorder:
         yield
-    with torch.no_grad():
-        for tensor, value in before:
-            if tensor.shape == value.shape and not torch.equal(tensor, value):
-                tensor.data.copy_(value)
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu" and value.numel() < 1_000_000
+    graph.recorder.undo()
 
 
 def pretend_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
