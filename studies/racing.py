@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import statistics
 import tempfile
@@ -83,6 +83,8 @@ def main() -> None:
         add_arguments(each, f"runs/racing-{each.prog.split()[-1]}")
         each.add_argument("--seeds", type=int, default=3, help="so many, from 0 on")
     arguments = parser.parse_args()
+    if arguments.mode == "race" and arguments.package and importlib.util.find_spec("airbench") is None:
+        racing.error("--package needs the package airbench: pip install airbench")
     seeds = range(arguments.seeds)
     if arguments.mode == "try":
         study = Study(arguments.data, arguments.runs, arguments.jobs, arguments.device)

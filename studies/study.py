@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -50,13 +51,10 @@ class Study(NamedTuple):
             pool.shutdown(cancel_futures=True)
 
     def run(self, plan: Plan) -> RunFolder:
-        place = self.runs / plan.dataset / plan.name.replace(" ", "_") / str(plan.seed)
+        place = self._place(plan) / str(plan.seed)
         if (folder := _finished(place, plan.test)) is not None:
             return folder
-        command = [sys.executable, "-m", "cifarlab", "run", plan.recipe, "--dataset", plan.dataset]
-        command += ["--seed", str(plan.seed), "--data", str(self.data), "--runs", str(place), "--device", self.device]
-        for value in (*plan.overrides, f"evaluate.test={str(plan.test).lower()}"):
-            command += ["--set", value]
+        command = self._command(plan, place, "--seed", str(plan.seed))
         environment = dict(os.environ)
         if self.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
@@ -72,18 +70,27 @@ class Study(NamedTuple):
 
     def run_together(self, plan: Plan, seeds: range) -> list[RunFolder]:
         """The finished runs of a plan with each of some seeds, from the recipe's own on, in one process."""
-        place = self.runs / plan.dataset / plan.name.replace(" ", "_") / "together"
+        place = self._place(plan) / "together"
         found = [folder for folder in _runs(place) if _is_finished(folder, plan.test)]
         if len(found) < len(seeds):
-            command = [sys.executable, "-m", "cifarlab", "run", plan.recipe, "--dataset", plan.dataset]
-            command += ["--seeds", str(len(seeds)), "--data", str(self.data), "--runs", str(place)]
-            command += ["--device", self.device]
-            for value in (*plan.overrides, f"evaluate.test={str(plan.test).lower()}"):
-                command += ["--set", value]
-            subprocess.run(command, check=True)
+            done = subprocess.run(self._command(plan, place, "--seeds", str(len(seeds))), check=False)
+            if done.returncode:
+                raise SystemExit(done.returncode)
             found = [folder for folder in _runs(place) if _is_finished(folder, plan.test)]
         by_seed = {folder.recipe().seed: folder for folder in found}
         return [by_seed[seed] for seed in seeds]
+
+    def _place(self, plan: Plan) -> Path:
+        """Of a plan's runs: what is finished with other settings is no run of it."""
+        settings = hashlib.sha256("\n".join(plan.overrides).encode()).hexdigest()[:8]
+        return self.runs / plan.dataset / f"{plan.name.replace(' ', '_')}-{settings}"
+
+    def _command(self, plan: Plan, place: Path, *seeds: str) -> list[str]:
+        command = [sys.executable, "-m", "cifarlab", "run", plan.recipe, "--dataset", plan.dataset, *seeds]
+        command += ["--data", str(self.data), "--runs", str(place), "--device", self.device]
+        for value in (*plan.overrides, f"evaluate.test={str(plan.test).lower()}"):
+            command += ["--set", value]
+        return command
 
 
 def add_arguments(parser: argparse.ArgumentParser, runs: str) -> None:

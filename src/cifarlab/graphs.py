@@ -53,7 +53,7 @@ class StepGraphs:
         self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self.given_up = False
         # Graphs share their memory: one is replayed at a time, and nothing is read from one after another's replay.
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
         # The learning rates that are in force, read by what is captured.
         self._rates = torch.zeros(len(optimizer.param_groups), device=self._device)
 
@@ -96,8 +96,6 @@ class StepGraphs:
         groups = self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         try:
             if whole:
                 for group, rate in zip(groups, self._rates, strict=True):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cifarlab import machine
 from cifarlab.convolutions import ConvolutionMode
+from cifarlab.graphs import WARM_UP
 from cifarlab.recipe_sections import NumericsChoice
 
 # How far the first loss may be from fp32's, as a share of it, and how far the direction of the gradient may turn. bf16
@@ -45,8 +46,6 @@ CATCHES_UP = 1.5
 # What has to be prepared must be so much faster: a few steps are measured no better than that, and compiled ones have
 # been slower in a run than they were here.
 WORTH_PREPARING = 1.05
-# The second step of a kind is captured as a CUDA graph, and those that follow replay it.
-CAPTURED_AFTER = 2
 # So many seconds cuDNN took, on an H200, to time its ways of each of a network's convolutions.
 BENCHMARK = 20.0
 
@@ -271,7 +270,7 @@ def measure(
             step = make_step(choice)
             trial.loss = step.run().item()
             gradient = [value.float().cpu().clone() for value in step.gradients()]
-            for _ in range(CAPTURED_AFTER if choice.graphs else 0):
+            for _ in range(WARM_UP + 1 if choice.graphs else 0):  # until one was captured, and replayed
                 step.run()
         except (RuntimeError, MemoryError, torch._dynamo.exc.TorchDynamoException) as error:
             trial.refused = " ".join(str(error).split())[:200] or type(error).__name__

@@ -521,8 +521,6 @@ def _augmented_together(task: Task, parts: Sequence[Tensor], step: int, total_st
 
 def _apart(whole: Batch, group: Sequence[Tensor]) -> list[Batch]:
     """What was found of a group, part by part."""
-    if len(group) == 1:
-        return [whole]
     sizes = [len(part) for part in group]
     pixels, labels = torch.split(whole.pixels, sizes), torch.split(whole.labels, sizes)
     return [Batch(*found) for found in zip(pixels, labels, group, strict=True)]
@@ -616,8 +614,8 @@ class TrainingStep:
 
     def __call__(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:
         """Loss and logits, as `backward` returns them; they may be overwritten by the next step."""
-        torch.manual_seed(derive_seed(self._recipe.seed, "step", step))  # what dropout draws from
         if self._graphs is not None:
+            torch.manual_seed(derive_seed(self._recipe.seed, "step", step))  # as `Backward` does: dropout draws from it
             tensors = (batch.inputs, batch.labels, batch.partners, batch.share, batch.weights)
             replayed = self._graphs(tensors, self.accumulate, self._whole)
             if replayed is not None:
