@@ -336,7 +336,7 @@ def test_an_interrupt_ends_cleanly_and_says_where_the_run_is(number: int, code: 
     assert process.returncode == code
     assert "Traceback" not in out + err
     folder = RunFolder(logs[0].parent)
-    assert f"stopped; the run so far is in {folder.path}" in err
+    assert f"stopped; the run so far is in {folder.path}; go on with: cifarlab resume {folder.path}\n" in err
     assert folder.train_log()["status"] == "stopped"
     assert len(folder.checkpoints()) >= 1 and folder.test_log() is None
 

@@ -411,7 +411,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_is_named_and_the_old_one_stays
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: io.BufferedWriter(FullDisk(path, "x"), 64))
         with pytest.raises(StorageError, match=r"cannot write .*best\.pth: the disk is full; free some space"):
-            run.save_checkpoint("best.pth", serialized({"model": torch.zeros(100_000)}))
+            run.save_checkpoint("best.pth", serialized({"step": 4, "model": torch.zeros(100_000)}))
     assert run.load_checkpoint("best.pth")["step"] == 3
     assert not list(run.path.glob(".*"))
 
@@ -437,18 +437,44 @@ def touch(run: RunFolder, names: list[str], began: int = 1_000) -> None:
         os.utime(run.path / name, (number, number))
 
 
-def test_keep_latest_keeps_the_newest_and_the_best(run: RunFolder) -> None:
-    touch(
-        run, ["best.pth", "epoch-9.pth", "step-700.pth", "epoch-10.pth", "step-90.pth", "my-step-1.pth", "step-x.pth"]
-    )
-    assert [path.name for path in run.checkpoints()] == ["epoch-9.pth", "step-700.pth", "epoch-10.pth", "step-90.pth"]
+def test_keep_latest_keeps_those_of_the_latest_steps_and_the_best(run: RunFolder) -> None:
+    """Whatever the clock said when they were written; an epoch's name doesn't say its step, but the file does."""
+    steps = {"epoch-10.pth": 710, "step-90.pth": 90, "best.pth": 1, "step-700.pth": 700, "epoch-9.pth": 639}
+    for name, step in steps.items():
+        run.save_checkpoint(name, serialized({"step": step}))
+    touch(run, ["my-step-1.pth", "step-x.pth", "step-640.pth"])  # the last is no file of ours: its name counts
+    by_step = ["step-90.pth", "epoch-9.pth", "step-640.pth", "step-700.pth", "epoch-10.pth"]
+    assert [path.name for path in run.checkpoints()] == by_step
     run.keep_latest(2)
-    assert [path.name for path in run.checkpoints()] == ["epoch-10.pth", "step-90.pth"]
     run.keep_latest(2)
     run.keep_latest(5)
-    assert [path.name for path in run.checkpoints()] == ["epoch-10.pth", "step-90.pth"]
+    assert [path.name for path in run.checkpoints()] == by_step[-2:]
     for name in ("best.pth", "my-step-1.pth", "step-x.pth", "recipe.yaml", "train.json"):
         assert (run.path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["torch's", "ours"])
+def test_every_changed_bit_of_a_checkpoint_of_ours_is_noticed(name: str, run: RunFolder) -> None:
+    """torch's own files are read with other numbers in them."""
+    import torch
+
+    path = run.path / "best.pth"
+    values = {"step": 3, "w": torch.arange(1000.0)}
+    if name == "ours":
+        run.save_checkpoint("best.pth", serialized(values))
+    else:
+        torch.save(values, path)
+    whole, noticed = path.read_bytes(), 0
+    places = range(5, len(whole), 37)
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        try:
+            run.load_checkpoint("best.pth")
+        except NotARunError:
+            noticed += 1
+    assert noticed == len(places) if name == "ours" else noticed < len(places) / 2
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

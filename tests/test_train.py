@@ -356,7 +356,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_what_was_there_stays_and_agree
     folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
     log = folder.train_log()
     assert log["status"] == "failed" and "the disk is full" in log["error"]
-    assert not list(folder.path.glob(".*")) and not list(folder.path.glob("epoch-3.pth"))
+    assert not list(folder.path.glob(".*.tmp")) and not list(folder.path.glob("epoch-3.pth"))
     if log["best_epoch"] is not None:
         assert folder.load_checkpoint("best.pth")["epoch"] == log["best_epoch"] == 1
 
@@ -417,7 +417,7 @@ def test_however_a_run_ends_what_was_to_be_written_is_and_its_status_comes_last(
     assert log["status"] == ("failed" if isinstance(error, DivergedError) else "stopped")
     assert len(log["epochs"]) == log["best_epoch"] == 1
     assert folder.load_checkpoint("epoch-1.pth")["step"] == folder.load_checkpoint("best.pth")["step"] == 6
-    assert not list(folder.path.glob(".*"))
+    assert not list(folder.path.glob(".*.tmp"))
 
 
 def test_memory_that_runs_out_is_one_sentence_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

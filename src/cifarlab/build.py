@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,15 @@ def make_task(
             "classes": list(prepared.classes),
             "mean": list(mean),
             "std": list(std),
+            "data": {name: prepared.record[name] for name in ("content_hash", "index_hashes")},
+            "made_on": made_on(device),
         },
     )
+
+
+def made_on(device: torch.device) -> dict[str, Any]:
+    """What rounding depends on, besides the recipe: with all of it the same, so are the bits."""
+    return {**machine.identity(device), "cuda": torch.version.cuda if device.type == "cuda" else None}
 
 
 def numerics_of(recipe: Recipe, device: torch.device) -> numerics.Numerics:

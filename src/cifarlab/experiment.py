@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +32,7 @@ from cifarlab.models import outline
 from cifarlab.models.chain import freeze
 from cifarlab.models.weights import Weights, find_weights
 from cifarlab.optim import parameter_groups
-from cifarlab.recipe import Recipe, make_recipe
+from cifarlab.recipe import Recipe, flatten, make_recipe
 from cifarlab.recipe_sections import NumericsChoice, check_tta
 from cifarlab.rundir import RunFolder
 from cifarlab.train import Display, StopRequest, Task, mark, train
@@ -87,33 +89,166 @@ def run_experiment(
     so and the test set is left alone. Raises what preparing, training and writing raise; once there is a run folder,
     its train.json then says "failed", or holds the `error` if training had finished.
     """
+    asked = recipe.fingerprint()
     prepared, weights, decided = get_ready(recipe, dataset, device, report)
     recipe = decided.recipe
     with explained(recipe):
-        task = make_task(recipe, prepared, device, weights, report)
-        if recipe.caches and task.network.frozen is None:
-            report(f"the frozen stages of '{recipe.model.name}' can't be run apart: they are computed at every step")
-        if task.network.numerics.compiled and task.network.compiled is None:
-            report(f"train.numerics.compile: there is nothing to compile in '{recipe.model.name}' as it is trained")
+        task = _make_task(recipe, prepared, device, weights, report)
         run = RunFolder.create(runs, recipe, datetime.now())
-        report(f"run folder: {run.path}")
-        try:
-            run.write_environment(_environment(dataset, prepared, device, task, weights, decided))
-            train(recipe, task, run, display, stop, process_started, profile=profile)
-            log = run.train_log()
-            best = log["best_epoch"], log["best_weights"]
-            plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
-            plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
-            if log["status"] == "finished" and recipe.evaluate.test:
-                _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
-        except (KeyboardInterrupt, SystemExit):
-            mark(run, "stopped", None)
-            report(f"interrupted; the run so far is in {run.path}")
-            raise
-        except Exception as error:
-            mark(run, "failed", " ".join(str(error).split()))
-            raise
+        with run.locked():
+            report(f"run folder: {run.path}")
+            with _ending_said(run, report):
+                run.write_environment(_environment(dataset, prepared, device, task, weights, decided, asked))
+                train(recipe, task, run, display, stop, process_started, profile=profile)
+                _finish(run, recipe, prepared, device, process_started)
     return run
+
+
+def resume_experiment(
+    path: Path,
+    *,
+    data_folder: Path | None,
+    device: torch.device,
+    display: Display,
+    stop: StopRequest,
+    process_started: float,
+    report: Report,
+    dataset: Dataset | None = None,
+) -> RunFolder:
+    """Go on with a run from its newest whole checkpoint, or from its beginning where it has none, to its end.
+
+    data_folder: where CIFAR's files are; None: where they were when the run was made, if they are still there.
+    dataset: the recipe's, where it is loaded already.
+    Raises RunError where another process is at work on it; NotARunError where its recipe, images, classes or split are
+    not those that it was begun with; and what running raises. A run that is done is left as it is.
+    """
+    run = RunFolder.open(path)
+    with run.locked():
+        if run.done:
+            report(f"{run.path} is finished: there is nothing to go on with")
+            return run
+        run.remove_leftovers()
+        recipe, saved = run.recipe(), run.newest_checkpoint(report)
+        if saved is not None:
+            _refuse_change(run, "recipe", flatten(saved["recipe"]), flatten(recipe.to_dict()))
+        started = _environment_of(run)
+        recipe = _with_possible_numerics(recipe, device, report)
+        with explained(recipe):
+            if dataset is None:
+                dataset = load(recipe, _folder_of(started, data_folder), report)
+            prepared, weights, decided = get_ready(recipe, dataset, device, report)
+            recipe = decided.recipe
+            if saved is not None:
+                _refuse_change(run, "classes", {"classes": saved["classes"]}, {"classes": list(prepared.classes)})
+            recorded = saved["data"] if saved is not None else started.get("data", {})
+            found = {name: recorded[name] for name in ("content_hash", "index_hashes") if name in recorded}
+            _refuse_change(run, "data", flatten(found), flatten({name: prepared.record[name] for name in found}))
+            task = _make_task(recipe, prepared, device, weights, report)
+            if saved is not None:
+                for name in ("mean", "std"):  # of the weights that it began with, where it did with any
+                    _refuse_change(run, name, {name: saved[name]}, {name: task.description[name]})
+                process_started -= saved["wall_time"]
+                report(_said_of_bits(saved, task, recipe))
+            else:
+                report(f"{run.path} has no checkpoint yet: it begins again")
+            with _ending_said(run, report):
+                environment = _environment(dataset, prepared, device, task, weights, decided, recipe.fingerprint())
+                if started:
+                    environment = {**started, "resumed": [*started.get("resumed", []), _again(environment, saved)]}
+                run.write_environment(environment)
+                if run.status != "finished":
+                    train(recipe, task, run, display, stop, process_started, saved=saved)
+                _finish(run, recipe, prepared, device, process_started)
+    return run
+
+
+def _make_task(
+    recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None, report: Report
+) -> Task:
+    task = make_task(recipe, prepared, device, weights, report)
+    if recipe.caches and task.network.frozen is None:
+        report(f"the frozen stages of '{recipe.model.name}' can't be run apart: they are computed at every step")
+    if task.network.numerics.compiled and task.network.compiled is None:
+        report(f"train.numerics.compile: there is nothing to compile in '{recipe.model.name}' as it is trained")
+    return task
+
+
+@contextlib.contextmanager
+def _ending_said(run: RunFolder, report: Report) -> Iterator[None]:
+    """Has train.json say how the run ended, where it doesn't come to its end."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        mark(run, "stopped", None)
+        report(f"interrupted; the run so far is in {run.path}")
+        raise
+    except Exception as error:
+        mark(run, "failed", " ".join(str(error).split()))
+        raise
+
+
+def _finish(run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.device, process_started: float) -> None:
+    """What comes after training: pictures and, where that has come to its end, the one look at the test set."""
+    log = run.train_log()
+    best = log["best_epoch"], log["best_weights"]
+    plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
+    plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
+    if log["status"] == "finished" and recipe.evaluate.test:
+        _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
+
+
+def _environment_of(run: RunFolder) -> dict[str, Any]:
+    """A run's environment; empty where it was killed before that was written."""
+    return run.environment() if (run.path / "environment.json").exists() else {}
+
+
+def _folder_of(environment: dict[str, Any], asked: Path | None) -> Path | None:
+    """Where CIFAR's files are: as asked, or where they were when the run was made, if that is still there."""
+    recorded = environment.get("data", {}).get("folder")
+    return Path(str(recorded)) if asked is None and recorded and Path(str(recorded)).is_dir() else asked
+
+
+def _refuse_change(run: RunFolder, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises NotARunError, with the differences, where a run is to go on with something else than it began with."""
+    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    if names:
+        changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names[:10])
+        raise NotARunError(
+            f"the {what} of {run.path} is not what it began with, so it can't go on: {changes}; put that right, or "
+            "begin a new run"
+        )
+
+
+def _with_possible_numerics(recipe: Recipe, device: torch.device, report: Report) -> Recipe:
+    """The recipe with the exact numerics, where its own can't be had on this device."""
+    choice = recipe.train.numerics
+    if isinstance(choice, NumericsChoice) and (reason := numerics.impossible(device, choice)) is not None:
+        report(f"the run's numerics ({choice}) are not to be had here: {reason}; going on in float32")
+        return recipe.with_train(numerics="exact")
+    return recipe
+
+
+def _said_of_bits(saved: dict[str, Any], task: Task, recipe: Recipe) -> str:
+    """What may be claimed of a run that goes on, by what decides rounding."""
+    step, before, now = saved["step"], saved["made_on"], task.description["made_on"]
+    changed = [
+        f"{name} was {before.get(name)}, is {now[name]}" for name in sorted(now) if before.get(name) != now[name]
+    ]
+    if saved["recipe"]["train"]["numerics"] != recipe.to_dict()["train"]["numerics"]:
+        changed.append("numerics")
+    if changed:
+        return f"going on from step {step}; not bit for bit as if it had never stopped: {', '.join(changed)}"
+    if not task.network.numerics.deterministic and task.device.type != "cpu":
+        return f"going on from step {step}; with these numerics a GPU is not deterministic to the last bit"
+    return f"going on from step {step}, bit for bit as if it had never stopped"
+
+
+def _again(environment: dict[str, Any], saved: dict[str, Any] | None) -> dict[str, Any]:
+    """What environment.json keeps of each time that a run goes on."""
+    kept = {
+        name: value for name, value in environment.items() if name not in ("asked", "data", "weights", "batch_size")
+    }
+    return {**kept, "from_step": saved["step"] if saved is not None else 0}
 
 
 def get_ready(
@@ -190,9 +325,7 @@ def score_run(
     data = run.environment().get("data")
     if not isinstance(data, dict):
         raise NotARunError(f"{run.path / 'environment.json'} is damaged: it has no 'data'")
-    recorded = Path(str(data.get("folder")))
-    if data_folder is None and data.get("folder") and recorded.is_dir():
-        data_folder = recorded
+    data_folder = _folder_of(run.environment(), data_folder)
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice):
         choice = choice.model_copy(update={"compile": False, "graphs": False})  # nothing is, in evaluation
@@ -337,10 +470,13 @@ def _environment(
     task: Task,
     weights: Weights | None,
     decided: Decided,
+    asked: str,
 ) -> dict[str, Any]:
+    """asked: the fingerprint of the recipe before anything of it was decided here."""
     numbers = task.network.numerics
     return {
         "cifarlab": __version__,
+        "asked": asked,
         **machine.describe(device),
         "numerics": {
             "name": numbers.name,
@@ -358,6 +494,11 @@ def _environment(
         else {"source": weights.source, "path": str(weights.path), "sha256": weights.sha256},
         "git": _git_state(),
         "command": shlex.join(sys.argv),
+        "process": {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
         "data": {
             **prepared.record,
             "folder": str(dataset.folder) if dataset.folder is not None else None,

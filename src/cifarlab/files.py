@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from cifarlab.errors import DataError, StorageError
 
@@ -98,6 +98,18 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file that is there. Raises StorageError; then a part of `data` may stand there."""
+    try:
+        with path.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain("write", path, error) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole UTF-8 text file, or leave what was there. Raises StorageError."""
     write_bytes(path, text.encode())
@@ -151,6 +163,27 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         except filelock.Timeout:
             waiting()
             lock.acquire()
+    except OSError as error:
+        raise explain("lock", path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def owned(path: Path, refuse: Callable[[], NoReturn]) -> Iterator[None]:
+    """Hold the lock file `path`, or call `refuse` where somebody else does. The lock dies with its owner.
+
+    Raises StorageError where the file can't be made.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        refuse()
     except OSError as error:
         raise explain("lock", path, error) from error
     try:

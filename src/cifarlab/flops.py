@@ -77,14 +77,18 @@ def _convolution_backward(
 
 
 class TrainingFlops:
-    """Adds up the FLOPs of a network's training steps. Counting waits until it is asked for the total."""
+    """Adds up the FLOPs of a network's training steps. Counting waits until it is asked for the total.
 
-    def __init__(self, network: Classifier) -> None:
+    before: those of the steps that were taken before; None where they couldn't be counted.
+    """
+
+    def __init__(self, network: Classifier, before: int | None = 0) -> None:
         self._network = network
         self._parameters = list(network.rest.parameters())
         self._images: Counter[_Kind] = Counter()
         self._per_image: dict[_Kind, int] = {}
-        self._countable = True
+        self._countable = before is not None
+        self._before = before or 0
 
     def add(self, inputs: torch.Size, computed: torch.Size | None) -> None:
         """A step with inputs of that shape, (B, …), as the network is at the moment.
@@ -105,7 +109,7 @@ class TrainingFlops:
             self._countable = False
         if not self._countable:
             return None
-        return sum(images * self._per_image[kind] for kind, images in self._images.items())
+        return self._before + sum(images * self._per_image[kind] for kind, images in self._images.items())
 
     def _count(self, kind: _Kind) -> int:
         shape, front, trained = kind

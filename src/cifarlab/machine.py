@@ -304,7 +304,7 @@ def identity(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain one, which `weights_only` reads
     }
 
 

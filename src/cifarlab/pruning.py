@@ -5,7 +5,7 @@ Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Prun
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Pruning:
         self._section, self._seed = section, seed
         self._losses = torch.full((images,), torch.nan, device=device)
         self._weights: Tensor | None = None  # of the epoch; 0 for what is left out
+        self._epoch = -1
+        self._restored = False
 
     def epoch(self, order: Tensor, epoch: int, *, steps: int, share: float) -> Pruned | None:
         """The images of an epoch in as many batches as without, which are smaller instead; None: all of them, as ever.
@@ -43,7 +45,12 @@ class Pruning:
         known yet stays. None where no loss is known, from `section.until` on, and where less than two images were left
         for some step. The draw is a function of seed and epoch. Waits for the device.
         """
-        self._weights = None
+        if self._restored and epoch == self._epoch:  # decided by the losses that there were when it began
+            self._restored = False
+            if self._weights is None:
+                return None
+            return Pruned(torch.tensor_split(order[self._weights[order] > 0], steps), self._weights)
+        self._weights, self._epoch = None, epoch
         if share >= self._section.until:
             return None
         losses = self._losses[machine.upload(order, self._losses.device)]
@@ -64,6 +71,11 @@ class Pruning:
         losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
         self._losses[machine.upload(samples, self._losses.device)] = losses.to(self._losses.dtype)
 
-    def state(self) -> dict[str, Tensor | None]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in the middle of an epoch too: all losses, and the weights that the epoch has."""
-        return {"losses": self._losses, "weights": self._weights}
+        return {"losses": self._losses, "weights": self._weights, "epoch": self._epoch}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`: the epoch that it was made in keeps its weights."""
+        self._losses.copy_(state["losses"])
+        self._weights, self._epoch, self._restored = state["weights"], state["epoch"], True

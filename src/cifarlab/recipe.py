@@ -204,7 +204,7 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
                 for key, inner in section.model_fields.items()
                 if not inner.is_required()
             }
-            defaults[name] = json.loads(json.dumps(given))
+            defaults[name] = json.loads(json.dumps(given, default=BaseModel.model_dump))
     return defaults
 
 

@@ -329,7 +329,9 @@ class Train(Section):
     early_stopping: Integer | None = Field(
         None, ge=1, description="stop after so many epochs in a row without a better validation accuracy"
     )
-    checkpoint_every: Duration | None = Field(None, description="keep a checkpoint to go on from this often")
+    checkpoint_every: Duration | None = Field(
+        Duration(minutes=10), description="keep a checkpoint to go on from this often; null: only when it is stopped"
+    )
     keep: Integer = Field(2, ge=1, description="how many of the latest checkpoints stay, besides the best")
     numerics: Annotated[Literal["auto", "exact"] | NumericsChoice, BeforeValidator(_check_numerics)] = Field(
         "auto",

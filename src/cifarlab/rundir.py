@@ -11,11 +11,13 @@ Nothing here imports torch until a checkpoint is read or written, so that tables
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterable
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 _CHECKPOINT = re.compile(r"(?:epoch|step)-(\d+)\.pth")
+# What a checkpoint ends with. A file of torch.save is a zip file, at whose end a comment may stand: zip files are read
+# as if it weren't there. torch checks no checksums: it reads tensors whose bits have changed.
+_SEAL = re.compile(rb"cifarlab step=(\d{12}) sha256=([0-9a-f]{64})")
+_SEAL_BYTES = len("cifarlab step= sha256=") + 12 + 64
+_NO_COMMENT = struct.pack("<H", 0)
+# What a checkpoint must have to be gone on from.
+_TO_GO_ON = frozenset({"step", "model", "optimizer", "epochs", "sums", "recipe", "classes", "data", "made_on"})
 MAX_RECORD_BYTES = 100_000_000
 EXAMPLE = "give a run folder, such as runs/ex1/cifar10/20261123-212500"
 
@@ -79,6 +88,40 @@ class RunFolder:
             raise NotARunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}; {EXAMPLE}")
         return cls(path)
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder. The lock dies with its owner.
+
+        Raises RunError, naming the owner, where there is one; StorageError where the lock can't be made.
+        """
+        with files.owned(self.path / ".lock", self._refuse_second):
+            yield
+
+    def _refuse_second(self) -> NoReturn:
+        owner = "another process"
+        with contextlib.suppress(NotARunError, KeyError, TypeError, IndexError):
+            started = self.environment()
+            last = [started, *started.get("resumed", [])][-1]["process"]
+            owner = f"process {last['pid']} on {last['host']}, begun {last['began']},"
+        raise RunError(f"{owner} is at work in {self.path}; wait until it is done, or stop it")
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process had only begun to write. Raises StorageError."""
+        for path in self.path.glob(f".*{files.TEMPORARY_SUFFIX}"):
+            files.remove(path)
+
+    @property
+    def status(self) -> str | None:
+        """What train.json says; None where it is damaged."""
+        with contextlib.suppress(NotARunError):
+            return str(self.train_log().get("status"))
+        return None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to be done: trained to the end, and scored if that was asked for."""
+        return self.status == "finished" and (not self.recipe().evaluate.test or (self.path / "test.json").exists())
+
     # --- records ---
 
     def recipe_values(self) -> dict[str, Any]:
@@ -124,17 +167,20 @@ class RunFolder:
 
     # --- checkpoints ---
 
-    def save_checkpoint(self, name: str, state: memoryview) -> None:
+    def save_checkpoint(self, name: str, state: bytes) -> None:
         """Write a checkpoint, given as `serialized`. Raises StorageError."""
         files.write_bytes(self.path / name, state)
 
     def load_checkpoint(self, name: str) -> dict[str, Any]:
-        """Read a checkpoint onto the CPU with `weights_only=True`: nothing in it is executed. Raises NotARunError."""
+        """Read a checkpoint onto the CPU with `weights_only=True`: nothing in it is executed. Raises NotARunError.
+
+        One whose bytes are not those that were written is refused. Files of torch.save's without our checksum are read.
+        """
         import torch
 
         path = self.path / name
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(_verified(path.read_bytes())), map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise NotARunError(f"{path} is missing; this run has saved no such checkpoint") from None
         except OSError as error:
@@ -148,9 +194,27 @@ class RunFolder:
         return state
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints to go on from (not best.pth), oldest first."""
+        """The checkpoints to go on from (not best.pth), by their steps, whatever the clock said."""
         found = [path for path in self.path.iterdir() if _CHECKPOINT.fullmatch(path.name)]
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        return sorted(found, key=lambda path: (_step_of(path), path.name))
+
+    def newest_checkpoint(self, report: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest checkpoint to go on from that is whole; None where there is none.
+
+        Damaged ones are set aside, under another name, and reported. Raises StorageError where that can't be done.
+        """
+        for path in reversed(self.checkpoints()):
+            try:
+                state = self.load_checkpoint(path.name)
+                if missing := _TO_GO_ON - state.keys():
+                    raise NotARunError(f"{path} is no checkpoint to go on from: it has no {' and no '.join(missing)}")
+            except NotARunError as error:
+                aside = path.with_name(f"{path.name}.damaged")
+                files.rename(path, aside)
+                report(f"{error}; it is set aside as {aside.name}")
+            else:
+                return state
+        return None
 
     def keep_latest(self, count: int) -> None:
         """Remove all but the `count` newest checkpoints to go on from."""
@@ -182,13 +246,40 @@ class RunFolder:
         return values
 
 
-def serialized(state: dict[str, Any]) -> memoryview:
-    """A checkpoint as the bytes of a file, as torch.save makes it: what becomes of the tensors is nothing to them."""
+def serialized(state: dict[str, Any]) -> bytes:
+    """A checkpoint as the bytes of a file, as torch.save makes it, with its step and a checksum at the end.
+
+    state: has its `step`. What becomes of the tensors afterwards is nothing to the bytes.
+    """
     import torch
 
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getbuffer()
+    data = buffer.getvalue()
+    seal = b"cifarlab step=%012d sha256=%s" % (state["step"], hashlib.sha256(data).hexdigest().encode())
+    return data.removesuffix(_NO_COMMENT) + struct.pack("<H", len(seal)) + seal
+
+
+def _verified(data: bytes) -> bytes:
+    """A checkpoint's bytes as torch.save wrote them. Raises ValueError where they are others than were sealed."""
+    seal = _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if seal is None:
+        if data[-_SEAL_BYTES - len(_NO_COMMENT) : -_SEAL_BYTES] == struct.pack("<H", _SEAL_BYTES):
+            raise ValueError("its checksum is damaged")
+        return data  # not of ours
+    data = data[: -_SEAL_BYTES - len(_NO_COMMENT)] + _NO_COMMENT
+    if hashlib.sha256(data).hexdigest().encode() != seal[2]:
+        raise ValueError("its checksum is another")
+    return data
+
+
+def _step_of(path: Path) -> int:
+    """The step of a checkpoint, by its end or, where that is not ours, by its name; -1 where neither says it."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(-min(_SEAL_BYTES, path.stat().st_size), os.SEEK_END)
+        if (seal := _SEAL.fullmatch(file.read())) is not None:
+            return int(seal[1])
+    return int(path.stem.removeprefix("step-")) if path.name.startswith("step-") else -1
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -219,3 +310,22 @@ def find_runs(places: Iterable[Path]) -> list[RunFolder]:
             raise NotARunError(f"{place} holds no run; 'cifarlab run RECIPE' makes one")
         found |= {run.path.resolve(): run for run in inside}
     return [found[key] for key in sorted(found)]
+
+
+def find_run_of(runs: Path, plan: Recipe) -> RunFolder | None:
+    """The newest run in `runs` of a resolved recipe, one that is not done before one that is; None: there is none.
+
+    A recipe counts as it was asked for, before a run decided what it leaves to the machine.
+    """
+    found = []
+    for recipe in (runs / plan.name / dataset_folder_name(plan.datasets[0])).glob("*/recipe.yaml"):
+        run = RunFolder(recipe.parent)
+        with contextlib.suppress(NotARunError):
+            own = run.recipe()
+            if (own.datasets, own.seed, run.environment().get("asked")) == (
+                plan.datasets,
+                plan.seed,
+                plan.fingerprint(),
+            ):
+                found.append((not run.done, recipe.stat().st_mtime_ns, run))
+    return max(found, key=lambda entry: entry[:2])[2] if found else None

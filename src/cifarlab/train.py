@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +22,12 @@ from torch.nn import functional as F
 
 from cifarlab import files, machine
 from cifarlab.background import Writer
+from cifarlab.board import Board
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import mix
 from cifarlab.download import Report
-from cifarlab.errors import DivergedError, RunError
+from cifarlab.errors import DivergedError, NotARunError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.features import CacheKey
 from cifarlab.flops import TrainingFlops
@@ -132,11 +132,11 @@ class Display(Protocol):
 
 
 class Stopwatch:
-    """Adds up the seconds between `start` and `stop`, the device's work included."""
+    """Adds up the seconds between `start` and `stop`, the device's work included, on top of `seconds`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
         self._device = device
-        self._seconds = 0.0
+        self._seconds = seconds
         self._since: float | None = None
 
     def start(self) -> None:
@@ -197,6 +197,12 @@ class EpochSums:
             "images": self.images,
         }
 
+    def load_state(self, state: dict[str, float | int]) -> None:
+        """Go on from a `state`."""
+        for name in ("loss", "weight", "correct", "answers"):
+            getattr(self, name).fill_(state[name])
+        self.images = int(state["images"])
+
 
 class StopRequest:
     """Set by a signal handler: the loop, while it listens, finishes its step, saves, and ends."""
@@ -222,13 +228,16 @@ def train(
     stop: StopRequest,
     process_started: float,
     *,
+    saved: dict[str, Any] | None = None,
     profile: bool = False,
 ) -> None:
     """Train to the end, or until `stop`; all that is worth knowing goes into the run folder.
 
-    process_started: the `time.time()` that `wall_time` counts from. profile: also write down where a few steps spend
+    process_started: the `time.time()` that `wall_time` counts from. saved: the checkpoint to go on from; then logs go
+    on from its step too, and what came after it in them is gone. profile: also write down where a few steps spend
     their time. The model ends with the weights of best.pth.
-    Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written.
+    Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written,
+    NotARunError where `saved` does not fit the network or the optimizer.
     """
     network, section, schedule = task.network, recipe.train, recipe.schedule
     model = network.model
@@ -248,17 +257,27 @@ def train(
 
     step = images = saved_step = 0
     flops = TrainingFlops(network)
-    last_step = total_steps  # early stopping lowers it
     lr = 0.0
     epoch_began = saved_at = 0.0  # seconds of training time
     sums = EpochSums(task.device)
     epochs: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     clock = Stopwatch(task.device)
+    started = _now()
+    if saved is not None:
+        _restore(saved, task, take_step, pruning, run)
+        step = saved_step = saved["step"]
+        images, epochs, started = saved["images"], list(saved["epochs"]), saved["started"]
+        flops = TrainingFlops(network, saved["flops"])
+        sums.load_state(saved["sums"])
+        clock = Stopwatch(task.device, saved["train_time"])
+        saved_at, epoch_began = saved["train_time"], saved["epoch_began"]
+        best = _best_so_far(saved, task, run, display.report)
+    first_step = step
     machine.reset_peak_memory(task.device)
     log: dict[str, Any] = {
         "status": "running",
-        "started": _now(),
+        "started": started,
         "finished": None,
         "dataset": recipe.datasets[0],
         "classes": len(task.description["classes"]),
@@ -269,7 +288,7 @@ def train(
         "best_weights": None,
         "stopped_early": False,
         "overfitting_gap": None,
-        "accumulate": section.accumulate,
+        "accumulate": take_step.accumulate,
         "tta": None,
     }
 
@@ -309,26 +328,32 @@ def train(
             scaler=scaler.state_dict() if scaler is not None else None,
             epochs=epochs,
             best=best,
+            started=started,
             train_time=clock.seconds,
+            wall_time=time.time() - process_started,
             epoch_began=epoch_began,
             sums=sums.state(),
             images=images,
             flops=flops.total(),
             accumulate=take_step.accumulate,
             pruning=pruning.state() if pruning is not None else None,
+            frozen=network.frozen.record() if network.frozen is not None else None,
         )
         writer.do(partial(run.keep_latest, section.keep))
 
+    board = Board(run.path)
     freeze_backbone(model, stages, frozen=step < thaw_step)
     set_mode(model, stages, backbone=step < thaw_step)
+    if saved is not None and network.frozen is not None:
+        _recall(recipe, task, step, total_steps, saved["frozen"])
     batches = make_batches(recipe, task, step, total_steps, pruning)
     began = time.perf_counter()
     with (
-        _board(run) as add_to_board,
         Writer() as writer,
         stop.listen(),
         _profiler(run, task.device, profile, display) as profiled,
     ):
+        writer.do(partial(board.begin, [(e, min(e["epoch"] * steps_per_epoch, total_steps)) for e in epochs]))
         writer.do(partial(run.write_train_log, log_so_far("running")))
         while True:
             # Evaluate, at the end of an epoch and of the run.
@@ -354,10 +379,7 @@ def train(
                 if candidate is not None and (task.validation is None or _is_better(candidate, best)):
                     best = candidate
                     save("best.pth", average.network.model if average and best["weights"] == "ema" else model, **best)
-                if best and section.early_stopping and len(epochs) - best["epoch"] >= section.early_stopping:
-                    log["stopped_early"] = step < total_steps
-                    last_step = step
-                writer.do(partial(add_to_board, entry, step))
+                writer.do(partial(board.add, entry, step))
                 writer.do(partial(run.write_train_log, log_so_far("running")))
                 display.epoch(entry, section.epochs)
                 epoch_began = clock.seconds
@@ -367,7 +389,10 @@ def train(
             name = _checkpoint_due(recipe, step, saved_step, clock.seconds - saved_at, total_steps, steps_per_epoch)
             if name:
                 save_to_go_on(name)
-            if step == last_step:
+            if step == total_steps:
+                break
+            if best and section.early_stopping and len(epochs) - best["epoch"] >= section.early_stopping:
+                log["stopped_early"] = True
                 break
             if stop.signal is not None:
                 if step > saved_step:
@@ -427,10 +452,14 @@ def train(
                         loss=mean_loss,
                         accuracy=accuracy,
                         images_per_second=sums.images / (clock.seconds - epoch_began),
-                        seconds_left=(time.perf_counter() - began) / step * (total_steps - step),
+                        seconds_left=(time.perf_counter() - began) / (step - first_step) * (total_steps - step),
                     )
                 )
 
+    if best is None and saved is not None and saved["best"] is not None:
+        raise NotARunError(
+            f"{run.path / 'best.pth'} is damaged, and no later epoch is better: run it again from recipe.yaml"
+        )
     if best is None:
         raise DivergedError(f"the validation loss was never finite, in {run.path}; try a lower optimizer.lr")
     model.load_state_dict(run.load_checkpoint("best.pth")["model"])
@@ -451,6 +480,65 @@ def train(
                 ),
             )
     run.write_train_log(log_so_far("finished"))
+
+
+def _restore(
+    saved: dict[str, Any], task: Task, take_step: TrainingStep, pruning: Pruning | None, run: RunFolder
+) -> None:
+    """Put a checkpoint's state where it came from. Raises NotARunError where it does not fit."""
+    try:
+        task.network.model.load_state_dict(saved["model"])
+        if task.average is not None:
+            task.average.network.model.load_state_dict(saved["average"])
+        take_step.optimizer.load_state_dict(saved["optimizer"])
+        if take_step.scaler is not None:
+            take_step.scaler.load_state_dict(saved["scaler"])
+        take_step.accumulate = saved["accumulate"]
+        if pruning is not None:
+            pruning.load_state(saved["pruning"])
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NotARunError(f"the checkpoint of step {saved['step']} of {run.path} does not fit: {reason}") from error
+
+
+def _best_so_far(saved: dict[str, Any], task: Task, run: RunFolder, report: Report) -> dict[str, Any] | None:
+    """What best.pth says of itself: it may be of an epoch after the checkpoint, which then comes again.
+
+    Where it is damaged, the checkpoint's own weights take its place, if they are the best; or else those of an epoch to
+    come do.
+    """
+    best = saved["best"]
+    if best is None and not (run.path / "best.pth").exists():
+        return None
+    try:
+        state = run.load_checkpoint("best.pth")
+        return {name: state[name] for name in ("epoch", "val_loss", "val_accuracy", "weights")}
+    except (NotARunError, KeyError) as error:
+        if best is not None and best["epoch"] == len(saved["epochs"]) and not saved["sums"]["images"]:
+            report(f"{error}; the checkpoint's weights, which are the best, take its place")
+            weights = saved["average" if best["weights"] == "ema" else "model"]
+            whole = serialized({**task.description, "step": saved["step"], "model": weights, **best})
+            run.save_checkpoint("best.pth", whole)
+            return dict(best)
+        report(f"{error}; the best of the epochs to come takes its place")
+        return None
+
+
+def _recall(recipe: Recipe, task: Task, step: int, total_steps: int, record: dict[str, int]) -> None:
+    """Have the frozen stages compute again what a run that goes on at `step` would remember, in the same batches.
+
+    So that it is the same to the last bit, whatever a processor makes of images in other company.
+    """
+    frozen, cycle = task.network.frozen, recipe.augment.cycle
+    assert frozen is not None
+    assert cycle is not None  # else nothing would be remembered
+    steps_per_epoch = len(in_batches(task.train, recipe.train.batch))
+    pipeline = _pipeline_at(task, step, total_steps)
+    first = next(number for number in range(step + 1) if _pipeline_at(task, number, total_steps) is pipeline)
+    batches = make_batches(recipe, task, first, total_steps)
+    for _ in range(first, min(step, first + cycle * steps_per_epoch)):
+        next(batches)
+    frozen.computed, frozen.recalled = record["computed"], record["recalled"]
 
 
 def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | None) -> None:
@@ -606,6 +694,10 @@ class TrainingStep:
     def accumulate(self) -> int:
         """In how many parts a batch is computed."""
         return self._backward.accumulate
+
+    @accumulate.setter
+    def accumulate(self, parts: int) -> None:
+        self._backward.accumulate = parts
 
     @property
     def graphs_failed(self) -> bool:
@@ -839,23 +931,6 @@ def _diverged(what: str, run: RunFolder) -> str:
 
 
 @contextlib.contextmanager
-def _board(run: RunFolder) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """Gives what writes an epoch's entry, with its step, for TensorBoard; the first opens it. Errors: StorageError."""
-
-    @functools.cache
-    def board() -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-        return opened.enter_context(SummaryWriter(log_dir=str(run.path)))
-
-    try:
-        with contextlib.ExitStack() as opened:
-            yield lambda entry, step: _write_scalars(board(), entry, step)
-    except OSError as error:
-        raise files.explain("write TensorBoard's events into", run.path, error) from error
-
-
-@contextlib.contextmanager
 def _profiler(run: RunFolder, device: torch.device, asked: bool, display: Display) -> Iterator[Callable[[], None]]:
     """torch's profiler over ten steps, once the first ones are over; what it gives is to be called after each step.
 
@@ -879,23 +954,6 @@ def _profiler(run: RunFolder, device: torch.device, asked: bool, display: Displa
         yield profiler.step
     if not (run.path / "profile.txt").exists():
         display.report(f"no profile: the run has fewer than {PROFILE_AFTER + 2} steps")
-
-
-def _write_scalars(board: Any, entry: dict[str, Any], step: int) -> None:
-    scalars = {
-        "loss/train": entry["train_loss"],
-        "loss/validation": entry["val_loss"],
-        "accuracy/train": entry["train_accuracy"],
-        "accuracy/validation": entry["val_accuracy"],
-        "loss/validation of the moving average": entry["ema_val_loss"],
-        "accuracy/validation of the moving average": entry["ema_val_accuracy"],
-        "lr": entry["lr"],
-        "seconds": entry["seconds"],
-    }
-    for name, value in scalars.items():
-        if value is not None:
-            board.add_scalar(name, value, step)
-    board.flush()
 
 
 def _now() -> str:

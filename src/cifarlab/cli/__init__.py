@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,6 +18,7 @@ from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_consol
 from cifarlab.cli.data import data_app
 from cifarlab.cli.lr_find import lr_find
 from cifarlab.cli.models import models
+from cifarlab.cli.verify import verify_resume
 from cifarlab.errors import CifarlabError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command("lr-find")(lr_find)
 app.command()(bench)
+app.command("verify-resume")(verify_resume)
 
 RUNS = Path("runs")
 TtaOption = Annotated[
@@ -109,6 +111,9 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Write where ten steps spend their time: trace.json.gz, profile.txt.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what was begun by the same command; what is finished stays.")
+    ] = False,
 ) -> None:
     """Train and test a recipe; leaves a run folder for each dataset and seed.
 
@@ -129,7 +134,23 @@ def run(
         for name in dict.fromkeys(dataset or plan.datasets)
         for number in range(first, first + (seeds or 1))
     ]
-    _run_all(plans, data, runs, device, profile)
+    _run_all(plans, data, runs, device, profile=profile, resume=resume)
+
+
+@app.command("resume")
+def resume_run(
+    run: Annotated[Path, typer.Argument(readable=False, help="A run folder.")],
+    data: DataOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Go on with a run that was stopped or killed, from its newest checkpoint to its end.
+
+    On the CPU the result is the same, bit for bit, as if it had never stopped.
+    """
+    from cifarlab.rundir import RunFolder
+
+    found = RunFolder.open(run)
+    _carry_out([_Job(found.recipe(), found)], data, RUNS, device, profile=False)
 
 
 def _tta_override(tta: str | None) -> list[str]:
@@ -137,7 +158,21 @@ def _tta_override(tta: str | None) -> list[str]:
     return [] if tta is None else [f"evaluate.tta={'null' if tta == 'none' else tta}"]
 
 
-def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: str, profile: bool) -> None:
+def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device: str, *, profile: bool, resume: bool) -> None:
+    from cifarlab.rundir import find_run_of
+
+    jobs = [_Job(plan, find_run_of(runs, plan) if resume else None) for plan in plans]
+    _carry_out(jobs, folder, runs, device, profile=profile)
+
+
+class _Job(NamedTuple):
+    """A recipe to run; or, where there is a run folder, a run of it to go on with."""
+
+    plan: Recipe
+    begun: RunFolder | None
+
+
+def _carry_out(jobs: list[_Job], folder: Path | None, runs: Path, device_name: str, *, profile: bool) -> None:
     from cifarlab import machine
 
     machine.prepare()  # before torch is there
@@ -146,43 +181,41 @@ def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device_name: 
     from cifarlab.cli.display import RunDisplay
     from cifarlab.cli.tables import print_comparison
     from cifarlab.compare import compare
-    from cifarlab.experiment import check_plans, load, run_experiment
+    from cifarlab.experiment import check_plans, load, resume_experiment, run_experiment
     from cifarlab.train import StopRequest
 
     began = time.time() - machine.process_age()
     console = make_console()
     device = machine.choose_device(device_name)
-    check_plans(plans, runs, device, say)
+    check_plans([plan for plan, begun in jobs if begun is None], runs, device, say)
     done: list[RunFolder] = []
     stop = StopRequest()
-    many_seeds = len({plan.seed for plan in plans}) > 1
+    many_seeds = len({plan.seed for plan, _ in jobs}) > 1
     loaded: tuple[str, Dataset] | None = None
     try:
         with _signals(stop):
-            for plan in plans:
+            for plan, begun in jobs:
                 name = plan.datasets[0]
                 title = f"{plan.name} {name}" + (f" seed {plan.seed}" if many_seeds else "")
                 with RunDisplay(console, title) as display:
-                    if loaded is None or loaded[0] != name:
-                        loaded = None  # two datasets at once may not fit
-                        loaded = name, load(plan, folder, display.report)
-                    run = run_experiment(
-                        plan,
-                        loaded[1],
-                        runs=runs,
-                        device=device,
-                        display=display,
-                        stop=stop,
-                        process_started=began,
-                        report=display.report,
-                        profile=profile,
-                    )
+                    common: dict[str, Any] = {
+                        "device": device, "display": display, "stop": stop, "process_started": began,
+                        "report": display.report,
+                    }  # fmt: skip
+                    if begun is not None:
+                        loaded = None
+                        run = resume_experiment(begun.path, data_folder=folder, **common)
+                    else:
+                        if loaded is None or loaded[0] != name:
+                            loaded = None  # two datasets at once may not fit
+                            loaded = name, load(plan, folder, display.report)
+                        run = run_experiment(plan, loaded[1], runs=runs, profile=profile, **common)
                 began = time.time()
                 if run.train_log()["status"] == "finished":
                     done.append(run)
                     _summary(console, run)
                 else:
-                    _complain(f"stopped; the run so far is in {run.path}", 0)
+                    _complain(f"stopped; the run so far is in {run.path}; go on with: cifarlab resume {run.path}", 0)
                 if stop.signal is not None:
                     sys.exit(128 + stop.signal)
     finally:

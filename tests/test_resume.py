@@ -1,0 +1,449 @@
+"""Going on with a run that was stopped or killed: the same bits as without, nothing lost, nothing doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifarlab import experiment, train
+from cifarlab.data.dataset import Dataset
+from cifarlab.errors import NotARunError, RunError
+from cifarlab.rundir import RunFolder, find_run_of, serialized
+from cifarlab.train import Progress, StopRequest
+from command import call
+from short_runs import CPU, Quiet, make_dataset, recipe, run, without_times
+from watched_steps import SETTINGS
+
+STEPS_PER_EPOCH = 6  # 3 epochs of 360 images
+FAMILIES = SETTINGS | {
+    "ex2 with schedule": [
+        "model.name=ex2",
+        "augment={crop_padding: 4, flip: random}",
+        "schedule={name: cosine, warmup: {epochs: 1}}",
+    ],
+    "plateau": ["schedule={name: plateau, factor: 0.5, patience: 0, threshold: 0.5}"],
+    "pruned": ["train={prune: {share: 0.5}, batch_size: 64, epochs: 3}", "optimizer={name: adamw, lr: 1e-2}"],
+    "no validation": ["data.validation=0", "evaluate.tta=flip", "train={ema: 0.9, batch_size: 64, epochs: 2.5}"],
+    "lite0": [
+        "model={name: efficientnet_lite0, pretrained: false}",
+        "train={ema: 0.9, batch_size: 64, epochs: 2.5}",
+        "loss.mixup=0.2",
+        "optimizer={name: lion, lr: 1e-4}",
+        "data.limit=200",
+    ],
+    "stops early": ["train={early_stopping: 1, batch_size: 64, epochs: 3}", "optimizer.lr=1e-6"],
+}
+PLAIN = ["optimizer.lr=1e-3", "evaluate.tta=flip"]
+EXACT = ["train.numerics=exact", "train.batch_size=64"]
+
+
+def a_dataset() -> Dataset:
+    return make_dataset(noise=0.3, train=400)
+
+
+def stop_after(step: int) -> tuple[Quiet, StopRequest]:
+    stop = StopRequest()
+
+    def look(progress: Progress) -> None:
+        if progress.step == step:
+            stop.signal = 2
+
+    return Quiet(look), stop
+
+
+def resume(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, *, dataset: Dataset | None = None, stop_at: int = -1
+) -> list[str]:
+    """Go on; what was said."""
+    monkeypatch.setattr(experiment, "load_dataset", lambda *_: dataset or a_dataset())
+    display, stop = stop_after(stop_at)
+    experiment.resume_experiment(
+        folder.path,
+        data_folder=None,
+        device=CPU,
+        display=display,
+        stop=stop,
+        process_started=0.0,
+        report=display.report,
+    )
+    return display.said
+
+
+def result(folder: RunFolder) -> dict[str, Any]:
+    """What a run leaves, but for times: weights, logs, predictions."""
+    import numpy as np
+
+    arrays: dict[str, bytes] = {}
+    for name in ("predictions.npz", "validation_predictions.npz"):
+        if (folder.path / name).exists():
+            with np.load(folder.path / name) as found:
+                arrays |= {f"{name} {key}": found[key].tobytes() for key in found.files}
+    test = folder.test_log()
+    assert test is not None
+    best = folder.load_checkpoint("best.pth")
+    times = {"test_time", "cost"}
+    test["tta"] = {key: value for key, value in (test["tta"] or {}).items() if key not in times}
+    log = without_times(folder.train_log())
+    if log["tta"]:
+        log["tta"] = {key: value for key, value in log["tta"].items() if "time" not in key and key != "cost"}
+    return {
+        "train": log | {"flops": folder.train_log()["flops"]},
+        "test": without_times(test),
+        "step": best["step"],
+        "weights": {name: value.numpy().tobytes() for name, value in best["model"].items()},
+        **arrays,
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The result of a family's run that never stopped."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def of(family: str) -> dict[str, Any]:
+        if family not in found:
+            with pytest.MonkeyPatch.context() as patch:
+                place = tmp_path_factory.mktemp("straight")
+                found[family] = result(
+                    run(place, *PLAIN, *FAMILIES[family], *EXACT, dataset=a_dataset(), monkeypatch=patch)
+                )
+        return found[family]
+
+    return of
+
+
+def begin(tmp_path: Path, family: str, step: int, monkeypatch: pytest.MonkeyPatch, *more: str) -> RunFolder:
+    display, stop = stop_after(step)
+    settings = [*PLAIN, *FAMILIES[family], *EXACT, *more]
+    return run(tmp_path, *settings, display=display, stop=stop, dataset=a_dataset(), monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: Callable[[str], dict[str, Any]]
+) -> None:
+    """Stopped after the first step, at the end of an epoch, in the middle of one, and shortly before the end."""
+    folder, *stops = begin(tmp_path, family, 1, monkeypatch), STEPS_PER_EPOCH, 9, 14, -1
+    for step, stop_at in zip((1, *stops), stops, strict=False):
+        assert folder.status == "stopped" and folder.test_log() is None
+        said = resume(folder, monkeypatch, stop_at=stop_at)
+        assert f"going on from step {step}, bit for bit as if it had never stopped" in said
+        if folder.status == "finished":
+            break
+    assert result(folder) == straight(family)
+
+
+def test_the_families_differ_and_end_as_is_meant(straight: Callable[[str], dict[str, Any]]) -> None:
+    assert straight("stops early")["train"]["stopped_early"]
+    lrs = [entry["lr"] for entry in straight("plateau")["train"]["epochs"]]
+    assert len(set(lrs)) > 1
+    assert len({str(straight(family)["weights"]) for family in FAMILIES}) == len(FAMILIES)
+
+
+# --- what is found ------------------------------------------------------------------------------
+
+EVERY = ["train.checkpoint_every={steps: 4}", "train.keep=2"]
+
+
+class Killed(BaseException):
+    """Nothing of the process's own runs any more, as far as can be had in one process."""
+
+
+def killed(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, *more: str) -> RunFolder:
+    """A run that leaves what a SIGKILL after that step leaves: it still says that it is running."""
+
+    def look(progress: Progress) -> None:
+        if progress.step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "mark", lambda *_: None)
+        with pytest.raises(Killed):
+            run(tmp_path, *PLAIN, *EXACT, *more, display=Quiet(look), dataset=a_dataset(), monkeypatch=patch)
+    (log,) = tmp_path.rglob("train.json")
+    return RunFolder(log.parent)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of the recipe that the tests below kill."""
+    with pytest.MonkeyPatch.context() as patch:
+        return result(run(tmp_path_factory.mktemp("plain"), *PLAIN, *EXACT, dataset=a_dataset(), monkeypatch=patch))
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 15, monkeypatch, *EVERY)
+    assert folder.status == "running"
+    assert [path.name for path in folder.checkpoints()] == ["step-8.pth", "step-12.pth"]
+    # The log says more than the checkpoint knows: two epochs are over either way.
+    assert "going on from step 12, bit for bit as if it had never stopped" in resume(folder, monkeypatch)
+    assert result(folder) == plain
+    assert [path.name for path in folder.checkpoints()] == ["step-12.pth", "step-16.pth"]
+
+
+def test_what_came_after_the_checkpoint_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    """Epochs 1 and 2 are in the log, and best.pth may be of the second; the checkpoint is of the first."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = killed(tmp_path, 14, monkeypatch, "train.checkpoint_every={steps: 4}", "train.keep=9")
+    for name in ("step-8.pth", "step-12.pth"):
+        (folder.path / name).unlink()
+    assert len(folder.train_log()["epochs"]) == 2
+    resume(folder, monkeypatch)
+    assert result(folder) == plain
+    events = EventAccumulator(str(folder.path))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss/train")]
+    epochs = folder.train_log()["epochs"]
+    assert [step for step, _ in losses] == [6, 12, 18]
+    assert [value for _, value in losses] == pytest.approx([entry["train_loss"] for entry in epochs])
+    assert len(list(folder.path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 8, monkeypatch)
+    (folder.path / ".best.pth.0123456789abcdef.tmp").write_bytes(b"half of a checkpoint")
+    assert f"{folder.path} has no checkpoint yet: it begins again" in resume(folder, monkeypatch)
+    assert result(folder) == plain
+    assert not list(folder.path.glob(".*.tmp"))
+    assert [entry["from_step"] for entry in folder.environment()["resumed"]] == [0]
+
+
+@pytest.mark.parametrize("record", ["train.json", "environment.json"])
+def test_a_run_goes_on_without_the_records_that_a_kill_can_lose(
+    record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+    if record == "train.json":
+        (folder.path / record).write_bytes(b"")
+    else:
+        (folder.path / record).unlink()
+    resume(folder, monkeypatch)
+    assert result(folder) == plain
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "a bit":
+        data[len(data) // 2] ^= 1
+    elif how == "cut":
+        del data[-1000:]
+    elif how == "empty":
+        data.clear()
+    elif how == "seal":
+        data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["a bit", "cut", "empty", "seal"])
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_used(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    newest = folder.path / "step-12.pth"
+    damage(newest, how)
+    said = resume(folder, monkeypatch)
+    assert any(str(newest) in line and "damaged" in line and "step-12.pth.damaged" in line for line in said)
+    assert "going on from step 8, bit for bit as if it had never stopped" in said
+    assert (folder.path / "step-12.pth.damaged").exists()
+    assert result(folder) == plain
+
+
+def test_a_whole_file_that_is_no_checkpoint_to_go_on_from_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+    best = folder.load_checkpoint("best.pth")
+    folder.save_checkpoint("step-99.pth", serialized(best | {"step": 99}))
+    (line,) = [line for line in resume(folder, monkeypatch) if "step-99" in line]
+    assert "no checkpoint to go on from: it has no" in line and "optimizer" in line
+    assert result(folder) == plain
+
+
+def test_a_best_checkpoint_that_is_damaged_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    every = ["train.checkpoint_every={epochs: 1}"]
+    folder = killed(tmp_path / "same", 8, monkeypatch, *every)
+    damage(folder.path / "best.pth", "a bit")
+    assert any("the checkpoint's weights, which are the best, take its place" in s for s in resume(folder, monkeypatch))
+    assert result(folder) == plain
+
+
+def test_a_run_that_is_done_is_left_alone_and_one_that_was_not_scored_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = run(tmp_path, *PLAIN, *EXACT, dataset=a_dataset(), monkeypatch=monkeypatch)
+    before = {path: path.stat().st_mtime_ns for path in folder.path.iterdir()}
+    assert resume(folder, monkeypatch) == [f"{folder.path} is finished: there is nothing to go on with"]
+    assert {path: path.stat().st_mtime_ns for path in folder.path.iterdir() if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"
+    }
+    for name in ("test.json", "loss.png", "predictions.npz"):
+        (folder.path / name).unlink()
+    monkeypatch.setattr(experiment, "train", None)  # that is over
+    resume(folder, monkeypatch)
+    assert result(folder) == plain
+    assert (folder.path / "loss.png").exists()
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def refusal(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, dataset: Dataset | None = None) -> str:
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    with pytest.raises(NotARunError) as refused:
+        resume(folder, monkeypatch, dataset=dataset)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+    return str(refused.value)
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+    recipe_file = folder.path / "recipe.yaml"
+    text = recipe_file.read_text()
+    assert "lr: 0.001" in text
+    recipe_file.write_text(text.replace("lr: 0.001", "lr: 0.002"))
+    assert "the recipe of" in (said := refusal(folder, monkeypatch)) and "optimizer.lr was 0.001, is 0.002" in said
+    recipe_file.write_text("")
+    assert "recipe.yaml" in refusal(folder, monkeypatch)
+
+
+def test_changed_images_classes_or_labels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+    other = a_dataset()
+    other.train.pixels[0, 0, 0, 0] ^= 1
+    assert "content_hash was" in refusal(folder, monkeypatch, other)
+    whole = a_dataset()
+    renamed = Dataset(whole.name, tuple("abce"), whole.train, None, whole.test, whole.source)
+    assert "classes was ['a', 'b', 'c', 'd']" in refusal(folder, monkeypatch, renamed)
+
+
+def test_a_change_before_the_first_checkpoint_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = killed(tmp_path, 3, monkeypatch)
+    other = a_dataset()
+    other.train.labels[0] = (other.train.labels[0] + 1) % 4
+    assert "content_hash was" in refusal(folder, monkeypatch, other)
+
+
+def test_a_changed_machine_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    (line,) = [line for line in resume(folder, monkeypatch) if line.startswith("going on")]
+    assert line.startswith("going on from step 8; not bit for bit as if it had never stopped: threads was ")
+    assert line.endswith("is 99") and folder.status == "finished"
+
+
+def test_a_second_process_is_refused_and_the_first_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+
+    def look(progress: Progress) -> None:
+        if progress.step == 2:
+            (log,) = tmp_path.rglob("train.json")
+            with pytest.raises(RunError) as error:
+                experiment.resume_experiment(
+                    log.parent, data_folder=None, device=CPU, display=Quiet(), stop=StopRequest(), process_started=0.0,
+                    report=lambda _: None,
+                )  # fmt: skip
+            refused.append(str(error.value))
+
+    folder = run(tmp_path, display=Quiet(look), dataset=a_dataset(), monkeypatch=monkeypatch)
+    process = folder.environment()["process"]
+    assert refused == [
+        f"process {process['pid']} on {process['host']}, begun {process['began']}, is at work in {folder.path}; wait "
+        "until it is done, or stop it"
+    ]
+    assert folder.status == "finished"
+
+
+# --- which run is meant -------------------------------------------------------------------------
+
+
+def test_the_run_to_go_on_with_is_that_of_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(*overrides: str) -> RunFolder | None:
+        return find_run_of(tmp_path, recipe(*overrides))
+
+    auto = ["train.numerics=auto", "train.batch_size=auto", "evaluate.batch_size=auto"]
+    assert find(*auto) is None
+    done = run(tmp_path, *auto, "train.epochs=1", dataset=a_dataset(), monkeypatch=monkeypatch)
+    assert done.recipe().train.batch_size != "auto"
+    assert find(*auto, "train.epochs=1") == done
+    assert find(*auto) is None and find(*auto, "train.epochs=1", "optimizer.lr=0.5") is None
+    display, stop = stop_after(2)
+    begun = run(
+        tmp_path, *auto, "train.epochs=1", display=display, stop=stop, dataset=a_dataset(), monkeypatch=monkeypatch
+    )
+    again = run(tmp_path, *auto, "train.epochs=1", dataset=a_dataset(), monkeypatch=monkeypatch)
+    assert again.done and begun.status == "stopped"
+    assert find(*auto, "train.epochs=1") == begun  # though another is newer
+    assert json.loads((begun.path / "train.json").read_text())["epochs"] == []
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+def test_a_machine_shows_that_it_resumes_exactly_or_what_differs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["verify-resume", "fast90", "--dataset", "digits", "--set", "train.numerics=exact"]
+    command += ["--set", "model.widths=[16, 16, 16]"]
+    code, out, err = call(capsys, monkeypatch, *command)
+    assert (code, err) == (0, "")
+    assert "interrupted after step 1, 4 and 6" in out
+    assert "equal, bit for bit: " in out.splitlines()[-1] and " tensors of weights and optimizer" in out
+
+    restore = train._restore
+
+    def forgetful(saved: dict[str, Any], *rest: Any) -> None:
+        for state in saved["optimizer"]["state"].values():
+            state["momentum_buffer"].zero_()
+        restore(saved, *rest)
+
+    monkeypatch.setattr(train, "_restore", forgetful)
+    code, out, err = call(capsys, monkeypatch, *command)
+    assert code == 4 and err.startswith("cifarlab: not equal: model.") and "differs by up to" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process by a POSIX signal")
+def test_a_process_that_was_killed_is_gone_on_with_by_the_same_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def command(runs: Path) -> list[str]:
+        every = ["--set", "train.checkpoint_every.steps=2", "--set", "train.epochs=2", "--set", "data.limit=600"]
+        return ["run", "ex1", "--dataset", "digits", "--runs", str(runs), "--resume", *every]
+
+    process = subprocess.Popen([sys.executable, "-m", "cifarlab", *command(tmp_path / "killed")])
+    for _ in range(1200):
+        if list((tmp_path / "killed").rglob("step-*.pth")):
+            break
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -9
+    (folder,) = [RunFolder(log.parent) for log in (tmp_path / "killed").rglob("train.json")]
+    assert folder.status == "running"
+    code, out, err = call(capsys, monkeypatch, *command(tmp_path / "killed"))
+    assert (code, err) == (0, "") and "bit for bit as if it had never stopped" in out
+    call(capsys, monkeypatch, *command(tmp_path / "whole"))
+    (whole,) = [RunFolder(log.parent) for log in (tmp_path / "whole").rglob("train.json")]
+    assert result(folder) == result(whole)
+    for again in (command(tmp_path / "killed"), ["resume", str(folder.path)]):
+        code, out, err = call(capsys, monkeypatch, *again)
+        assert code == 0 and "is finished: there is nothing to go on with" in out
+    assert len(list((tmp_path / "killed").rglob("train.json"))) == 1
+    code, _, err = call(capsys, monkeypatch, "resume", tmp_path)
+    assert code == 4 and "is not a run folder" in err
