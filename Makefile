@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format torture clean
 
 demo: $(STAMP)
 	$(BIN)/cifarlab run ex1 --dataset digits --set train.epochs=20
@@ -19,6 +19,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_imports.py
+
+# Every fault of the disk, and kills, at every point of a run: 20 minutes on two cores.
+torture: $(STAMP)
+	$(BIN)/python tests/torture.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

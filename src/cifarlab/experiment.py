@@ -158,6 +158,8 @@ def resume_experiment(
                 run.write_environment(environment)
                 if run.status != "finished":
                     train(recipe, task, run, display, stop, process_started, saved=saved)
+                else:  # what came after training was interrupted; its reason is past
+                    run.write_train_log({name: value for name, value in run.train_log().items() if name != "error"})
                 _finish(run, recipe, prepared, device, process_started)
     return run
 
@@ -403,7 +405,8 @@ def _score(
         "test_time": test_time,
         "tta": None,
         "classes": list(prepared.classes),
-        "test_looks": looks + 1,
+        # A first look that was interrupted once its figures were known is one with the next.
+        "test_looks": looks + 1 if looks == 0 or run.scored else looks,
         "total_time": before.get("total_time") if process_started is None else time.time() - process_started,
     }
     if chosen is not None:

@@ -36,6 +36,9 @@ _CHECKPOINT = re.compile(r"(?:epoch|step)-(\d+)\.pth")
 _SEAL = re.compile(rb"cifarlab step=(\d{12}) sha256=([0-9a-f]{64})")
 _SEAL_BYTES = len("cifarlab step= sha256=") + 12 + 64
 _NO_COMMENT = struct.pack("<H", 0)
+# What a run leaves once it has trained, and once it has scored the test set.
+_CURVES = ("loss.png", "accuracy.png")
+_OF_TEST = ("test.json", "predictions.npz", "confusion_matrix.png")
 # What a checkpoint must have to be gone on from.
 _TO_GO_ON = frozenset({"step", "model", "optimizer", "epochs", "sums", "recipe", "classes", "data", "made_on"})
 MAX_RECORD_BYTES = 100_000_000
@@ -120,7 +123,14 @@ class RunFolder:
     @property
     def done(self) -> bool:
         """Whether nothing is left to be done: trained to the end, and scored if that was asked for."""
-        return self.status == "finished" and (not self.recipe().evaluate.test or (self.path / "test.json").exists())
+        if self.status != "finished" or not all((self.path / name).exists() for name in _CURVES):
+            return False
+        return not self.recipe().evaluate.test or self.scored
+
+    @property
+    def scored(self) -> bool:
+        """Whether all is there that a look at the test set leaves."""
+        return all((self.path / name).exists() for name in _OF_TEST)
 
     # --- records ---
 

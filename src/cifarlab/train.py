@@ -355,6 +355,7 @@ def train(
     ):
         writer.do(partial(board.begin, [(e, min(e["epoch"] * steps_per_epoch, total_steps)) for e in epochs]))
         writer.do(partial(run.write_train_log, log_so_far("running")))
+        writer.do(partial(run.keep_latest, section.keep))  # a kill may have come before that
         while True:
             # Evaluate, at the end of an epoch and of the run.
             if sums.images and (step % steps_per_epoch == 0 or step == total_steps):
