@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,3 +102,59 @@ def test_a_kill_at_any_moment(tmp_path: Path, straight: tuple[list[tuple[str, st
         kills += killed_at_random(tmp_path / str(number), generator)
         assert differences(faults.outcome(tmp_path / str(number)), straight[1]) == []
     assert kills >= 4
+
+
+# --- whole file systems -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A file system of its own, and what mounts it anew with other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+
+    mount("size=64k")
+    yield place, lambda options: mount(f"remount,{options}")
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_and_then_is_not(
+    small_disk: tuple[Path, Callable[[str], None]], straight: tuple[list[tuple[str, str]], dict[str, Any]]
+) -> None:
+    """A little more room each time: each time one sentence, all that was there whole, and the run a little further."""
+    place, mount = small_disk
+    refusals = []
+    for room in range(64, 2048, 40):
+        mount(f"size={room}k")
+        ended = faults.run(place)
+        faults.check_whole(place, killed=False)
+        if ended.code == 0:
+            break
+        assert ended.code == 4 and "the disk is full; free some space" in ended.said, ended
+        refusals.append(ended.said)
+    assert len(refusals) >= 3
+    assert differences(faults.outcome(place), straight[1]) == []
+
+
+def test_a_disk_that_turns_read_only(
+    small_disk: tuple[Path, Callable[[str], None]], straight: tuple[list[tuple[str, str]], dict[str, Any]]
+) -> None:
+    place, mount = small_disk
+    mount("size=1m")
+    process, pipe = faults.begin(place)
+    while not list(place.rglob("step-2.pth")):
+        time.sleep(0.01)
+    process.kill()
+    faults.end(process, pipe)
+    mount("ro,size=1m")
+    ended = faults.run(place)
+    assert ended.code == 4 and "the file system is read-only; choose another folder" in ended.said
+    faults.check_whole(place, killed=True)
+    mount("rw,size=2m")
+    assert faults.run(place).code == 0
+    assert differences(faults.outcome(place), straight[1]) == []

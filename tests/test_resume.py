@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +19,7 @@ import torch
 
 from cifarlab import experiment, train
 from cifarlab.data.dataset import Dataset
-from cifarlab.errors import NotARunError, RunError
+from cifarlab.errors import DivergedError, NotARunError, RunError, StorageError
 from cifarlab.rundir import RunFolder, find_run_of, serialized
 from cifarlab.train import Progress, StopRequest
 from command import call
@@ -302,6 +305,63 @@ def test_a_run_that_is_done_is_left_alone_and_one_that_was_not_scored_is_scored(
     assert (folder.path / "loss.png").exists()
 
 
+# --- runs that diverge --------------------------------------------------------------------------
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    """The loss of step 10 is NaN for as long as the learning rate is that high."""
+    gradients = train.TrainingStep.set_gradients
+
+    def spoiled(self: train.TrainingStep, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, logits = gradients(self, batch, step)
+        return loss * (torch.nan if step == 9 and self.optimizer.param_groups[0]["lr"] > rate else 1), logits
+
+    monkeypatch.setattr(train.TrainingStep, "set_gradients", spoiled)
+
+
+def test_a_loss_that_is_no_number_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[dict[str, Any]] = []
+    apply = train.apply_gradients
+
+    def applied(recipe: Any, model: torch.nn.Module, *rest: Any) -> None:
+        apply(recipe, model, *rest)
+        steps.append({name: value.clone() for name, value in model.named_parameters()})
+
+    monkeypatch.setattr(train, "apply_gradients", applied)
+    diverging(monkeypatch, 0)
+    with pytest.raises(DivergedError, match="step 10"):
+        run(tmp_path, *PLAIN, *EXACT, dataset=a_dataset(), monkeypatch=monkeypatch)
+    assert len(steps) == 9
+
+
+def test_a_run_that_diverges_goes_back_and_on_with_lower_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diverging(monkeypatch, 0.0003)  # the recipe's is 0.001: two halves are needed
+    settings = [*PLAIN, *EXACT, *EVERY, "train.retries=3"]
+    folder = run(tmp_path / "whole", *settings, dataset=a_dataset(), monkeypatch=monkeypatch)
+    log = folder.train_log()
+    assert [setback["from_step"] for setback in log["setbacks"]] == [8, 8]
+    assert all("NaN or infinite at step 10" in setback["reason"] for setback in log["setbacks"])
+    assert [entry["lr"] for entry in log["epochs"]] == pytest.approx([0.001, 0.00025, 0.00025])
+    assert log["status"] == "finished" and folder.test_log() is not None
+    # A run that is stopped after its setbacks, and goes on, remembers them.
+    display, stop = stop_after(14)
+    again = run(tmp_path / "again", *settings, dataset=a_dataset(), display=display, stop=stop, monkeypatch=monkeypatch)
+    assert again.status == "stopped"
+    resume(again, monkeypatch)
+    assert without_places(result(again)) == without_places(result(folder))
+
+    with pytest.raises(DivergedError, match="step 10"):
+        run(tmp_path / "one", *settings, "train.retries=1", dataset=a_dataset(), monkeypatch=monkeypatch)
+    (failed,) = (tmp_path / "one").rglob("train.json")
+    assert len(json.loads(failed.read_text())["setbacks"]) == 1
+
+
+def without_places(found: dict[str, Any]) -> dict[str, Any]:
+    for setback in found["train"]["setbacks"]:
+        setback["reason"] = setback["reason"].partition(" of ")[0]
+    return found
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -369,6 +429,28 @@ def test_a_second_process_is_refused_and_the_first_named(tmp_path: Path, monkeyp
         "until it is done, or stop it"
     ]
     assert folder.status == "finished"
+
+
+def test_a_run_folder_that_is_removed_midway_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(progress: Progress) -> None:
+        if progress.step == 3:
+            shutil.rmtree(tmp_path)
+
+    with pytest.raises(StorageError, match=r"cannot write .*: the folder is gone; was it moved or removed\?"):
+        run(tmp_path, *EVERY, display=Quiet(look), dataset=a_dataset(), monkeypatch=monkeypatch)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    now = iter(range(2_000_000_000, 0, -5000))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    newest = folder.path / "step-12.pth"
+    os.utime(newest, (1000, 1000))
+    assert "going on from step 12, bit for bit as if it had never stopped" in resume(folder, monkeypatch)
+    assert result(folder) == plain
+    assert folder.train_log()["wall_time"] >= folder.train_log()["train_time"] > 0
 
 
 # --- which run is meant -------------------------------------------------------------------------
@@ -447,3 +529,32 @@ def test_a_process_that_was_killed_is_gone_on_with_by_the_same_command(
     assert len(list((tmp_path / "killed").rglob("train.json"))) == 1
     code, _, err = call(capsys, monkeypatch, "resume", tmp_path)
     assert code == 4 and "is not a run folder" in err
+
+
+@pytest.mark.parametrize("name", ["two words", "-dash", 'it\'s "so"', "наука 数据", "line\nbreak", "$HOME;ls", "*"])
+def test_a_run_is_gone_on_with_wherever_it_is_by_the_command_that_was_said(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "train.epochs=1", "--set", "data.limit=300", "--set", "model={name: racing, widths: [8, 8, 8]}"]
+    sums, killed = train.EpochSums.add, list[int]()
+
+    def add(self: train.EpochSums, step: int, *rest: Any) -> None:
+        sums(self, step, *rest)
+        if not killed:
+            killed.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.EpochSums, "add", add)
+    code, _, err = call(capsys, monkeypatch, "run", "ex1", "--dataset", "digits", f"--runs={name}", *small)
+    assert code == 143 and len(err.splitlines()) == 3
+    said = err.splitlines()[-1].partition("go on with: ")[2]
+    if "\n" in name:  # that is shown as one line, and not to be pasted
+        assert "?" in said
+        return
+    arguments = shlex.split(said)
+    assert arguments[:2] == ["cifarlab", "resume"]
+    code, out, err = call(capsys, monkeypatch, *arguments[1:])
+    assert (code, err) == (0, "") and "bit for bit" in out
+    (folder,) = Path(name).rglob("test.json")
+    assert folder.is_relative_to(name)

@@ -26,7 +26,7 @@ from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
 from cifarlab.download import Report
-from cifarlab.errors import NotARunError, RecipeError, RunError
+from cifarlab.errors import DivergedError, NotARunError, RecipeError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.models import outline
 from cifarlab.models.chain import freeze
@@ -35,7 +35,7 @@ from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, flatten, make_recipe
 from cifarlab.recipe_sections import NumericsChoice, check_tta
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Display, StopRequest, Task, mark, train
+from cifarlab.train import SETBACK, Display, StopRequest, Task, mark, train
 
 
 def check_plans(plans: Sequence[Recipe], runs: Path, device: torch.device, report: Report) -> None:
@@ -99,7 +99,7 @@ def run_experiment(
             report(f"run folder: {run.path}")
             with _ending_said(run, report):
                 run.write_environment(_environment(dataset, prepared, device, task, weights, decided, asked))
-                train(recipe, task, run, display, stop, process_started, profile=profile)
+                _train(recipe, prepared, weights, task, run, display, stop, process_started, report, profile=profile)
                 _finish(run, recipe, prepared, device, process_started)
     return run
 
@@ -157,7 +157,7 @@ def resume_experiment(
                     environment = {**started, "resumed": [*started.get("resumed", []), _again(environment, saved)]}
                 run.write_environment(environment)
                 if run.status != "finished":
-                    train(recipe, task, run, display, stop, process_started, saved=saved)
+                    _train(recipe, prepared, weights, task, run, display, stop, process_started, report, saved=saved)
                 else:  # what came after training was interrupted; its reason is past
                     run.write_train_log({name: value for name, value in run.train_log().items() if name != "error"})
                 _finish(run, recipe, prepared, device, process_started)
@@ -173,6 +173,38 @@ def _make_task(
     if task.network.numerics.compiled and task.network.compiled is None:
         report(f"train.numerics.compile: there is nothing to compile in '{recipe.model.name}' as it is trained")
     return task
+
+
+def _train(
+    recipe: Recipe,
+    prepared: Prepared,
+    weights: Weights | None,
+    task: Task,
+    run: RunFolder,
+    display: Display,
+    stop: StopRequest,
+    process_started: float,
+    report: Report,
+    *,
+    saved: dict[str, Any] | None = None,
+    profile: bool = False,
+) -> None:
+    """`train`, and where that diverges again from the last checkpoint with lower rates, as often as the recipe says."""
+    setbacks = list(saved["setbacks"]) if saved is not None else []
+    while True:
+        try:
+            train(recipe, task, run, display, stop, process_started, saved=saved, setbacks=setbacks, profile=profile)
+        except DivergedError as error:
+            if len(setbacks) >= recipe.train.retries:
+                raise
+            saved = run.newest_checkpoint(report)
+            step = saved["step"] if saved is not None else 0
+            setbacks.append({"from_step": step, "reason": str(error).partition(";")[0]})
+            factor = SETBACK ** len(setbacks)
+            report(f"{setbacks[-1]['reason']}: going on from step {step} with {factor:g} of the learning rates")
+            task = make_task(recipe, prepared, task.device, weights, report)
+        else:
+            return
 
 
 @contextlib.contextmanager

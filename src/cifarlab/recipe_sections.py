@@ -333,6 +333,13 @@ class Train(Section):
         Duration(minutes=10), description="keep a checkpoint to go on from this often; null: only when it is stopped"
     )
     keep: Integer = Field(2, ge=1, description="how many of the latest checkpoints stay, besides the best")
+    retries: Integer = Field(
+        0,
+        ge=0,
+        le=3,
+        description="where the loss becomes NaN or infinite: so often back to the last checkpoint, and on from there "
+        "with half of the learning rates",
+    )
     numerics: Annotated[Literal["auto", "exact"] | NumericsChoice, BeforeValidator(_check_numerics)] = Field(
         "auto",
         description="exact: fp32, eager, deterministic; auto: the fastest here, by a short measurement; or the choice "

@@ -45,6 +45,8 @@ from cifarlab.seeds import derive_seed
 
 # `--profile` looks at so many steps, after so many others.
 PROFILE_STEPS, PROFILE_AFTER = 10, 5
+# The factor of all learning rates where a run went back because it diverged (`train.retries`).
+SETBACK = 0.5
 # On a GPU so many pixels are augmented at a time, for several steps where their batches are small: 2,048 images of
 # 32x32, which are 25 MB, and some times as much on the way.
 AUGMENTED_PIXELS = 2**21
@@ -229,12 +231,14 @@ def train(
     process_started: float,
     *,
     saved: dict[str, Any] | None = None,
+    setbacks: Sequence[dict[str, Any]] = (),
     profile: bool = False,
 ) -> None:
     """Train to the end, or until `stop`; all that is worth knowing goes into the run folder.
 
     process_started: the `time.time()` that `wall_time` counts from. saved: the checkpoint to go on from; then logs go
-    on from its step too, and what came after it in them is gone. profile: also write down where a few steps spend
+    on from its step too, and what came after it in them is gone. setbacks: how often it went back because it diverged;
+    each halves the learning rates. profile: also write down where a few steps spend
     their time. The model ends with the weights of best.pth.
     Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written,
     NotARunError where `saved` does not fit the network or the optimizer.
@@ -289,6 +293,7 @@ def train(
         "stopped_early": False,
         "overfitting_gap": None,
         "accumulate": take_step.accumulate,
+        "setbacks": list(setbacks),
         "tta": None,
     }
 
@@ -299,7 +304,7 @@ def train(
         log["best_val_accuracy"] = best["val_accuracy"] if best else None
         log["best_weights"] = best["weights"] if best else None
         log["train_time"] = clock.seconds
-        log["wall_time"] = time.time() - process_started
+        log["wall_time"] = max(clock.seconds, time.time() - process_started)  # a clock may be set back
         log["images_per_second"] = images / clock.seconds if clock.seconds else None
         # Counting takes a moment, and has no place among the steps that a profile looks at.
         log["flops"] = done = flops.total() if status != "running" else None
@@ -329,6 +334,7 @@ def train(
             epochs=epochs,
             best=best,
             started=started,
+            setbacks=list(setbacks),
             train_time=clock.seconds,
             wall_time=time.time() - process_started,
             epoch_began=epoch_began,
@@ -420,9 +426,10 @@ def train(
                 warmup_share=warmup_share,
                 val_losses=[math.nan if e["val_loss"] is None else e["val_loss"] for e in epochs],
             )
+            values = values._replace(lr=values.lr * SETBACK ** len(setbacks))
             fading = None
             if fade_steps is not None:
-                fading = 1 - step / fade_steps if step < fade_steps else 0.0
+                fading = (1 - step / fade_steps) * SETBACK ** len(setbacks) if step < fade_steps else 0.0
             if fading == 0.0:
                 for bias in biases:  # nothing is left to be computed for the first layer
                     bias.requires_grad_(False)
@@ -434,6 +441,8 @@ def train(
             if average is not None:
                 average.ema.update(model, step)
             sums.add(step - 1, loss, logits, batch, task.class_weights)
+            if task.device.type == "cpu":  # elsewhere that would wait for the device
+                _refuse_bad_loss(sums, steps_per_epoch, run)
             if pruning is not None and batch.samples is not None:
                 pruning.record(batch.samples, logits, batch.labels, recipe.loss.label_smoothing)
             images += len(batch.labels)
@@ -719,7 +728,9 @@ class TrainingStep:
         result = self.set_gradients(batch, step)
         if self.accumulate > parts:
             self._report(f"memory ran out: from here on a batch is computed in {self.accumulate} parts")
-        self._apply()
+        # On other devices a look would be a wait; there, the steps since the last one are lost with this one.
+        if result[0].device.type != "cpu" or math.isfinite(result[0].item()):
+            self._apply()
         return result
 
     def set_gradients(self, batch: TrainingBatch, step: int) -> tuple[Tensor, Tensor]:

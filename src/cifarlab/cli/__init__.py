@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,7 +216,8 @@ def _carry_out(jobs: list[_Job], folder: Path | None, runs: Path, device_name: s
                     done.append(run)
                     _summary(console, run)
                 else:
-                    _complain(f"stopped; the run so far is in {run.path}; go on with: cifarlab resume {run.path}", 0)
+                    where = shlex.quote(f"./{run.path}" if str(run.path).startswith("-") else str(run.path))
+                    _complain(f"stopped; the run so far is in {run.path}; go on with: cifarlab resume {where}", 0)
                 if stop.signal is not None:
                     sys.exit(128 + stop.signal)
     finally:
