@@ -70,7 +70,7 @@ ORDER = (
     "compare",
     "report report.*",
     "experiment",
-    "verify",
+    "verify doctor",
     "bench bench.*",
     "ablate",
     "cli cli.*",

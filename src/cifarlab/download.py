@@ -123,9 +123,14 @@ def hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids to ask anybody."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def refuse_offline(wanted: Wanted) -> None:
-    """Raise DownloadError where `HF_HUB_OFFLINE` forbids to ask anybody."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    """Raise DownloadError where nobody may be asked."""
+    if is_offline():
         raise DownloadError(
             f"{wanted.title} can't be downloaded because HF_HUB_OFFLINE is set; unset it, or {wanted.by_hand}"
         )

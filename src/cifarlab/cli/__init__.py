@@ -17,6 +17,7 @@ from cifarlab import __version__
 from cifarlab.cli.bench import bench
 from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
 from cifarlab.cli.data import data_app
+from cifarlab.cli.doctor import doctor
 from cifarlab.cli.lr_find import lr_find
 from cifarlab.cli.models import models
 from cifarlab.cli.verify import verify_resume
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command("lr-find")(lr_find)
 app.command()(bench)
+app.command()(doctor)
 app.command("verify-resume")(verify_resume)
 
 RUNS = Path("runs")

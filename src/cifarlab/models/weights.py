@@ -144,6 +144,18 @@ def origin(name: str) -> str:
     return f"Hub: {first.repository}" if first.repository else f"download: {first.filename}"
 
 
+def check_local(name: str) -> str | None:
+    """Where a network's weights are on this machine, their checksum compared; None where they are not.
+
+    Raises DataError where they are damaged.
+    """
+    found = _local(catalog.find(name))
+    if found is None:
+        return None
+    _checked(found)
+    return str(found.path)
+
+
 def _local(network: Network) -> _File | None:
     """The first file that there is. Raises DataError where a folder can't be looked into."""
     try:
