@@ -160,6 +160,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     monkeypatch.setattr(machine, "free_memory", lambda _: 2**30)
     monkeypatch.setattr(machine, "reset_peak_memory", lambda _: None)
     monkeypatch.setattr(machine, "peak_memory", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "pretended")
     monkeypatch.setattr(torch, "Generator", _Generator)
     # Inference mode is not for tensors that are made in Python.
     predict: Any = evaluate._predict

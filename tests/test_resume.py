@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cifarlab import experiment, train
+from cifarlab import experiment, numerics, train
 from cifarlab.data.dataset import Dataset
 from cifarlab.errors import DivergedError, NotARunError, RunError, StorageError
 from cifarlab.rundir import RunFolder, find_run_of, serialized
@@ -300,21 +300,129 @@ def test_a_run_that_is_done_is_left_alone_and_one_that_was_not_scored_is_scored(
     for name in ("test.json", "loss.png", "predictions.npz"):
         (folder.path / name).unlink()
     monkeypatch.setattr(experiment, "train", None)  # that is over
+    assert f"{folder.path} is trained: what comes after that is done now" in resume(folder, monkeypatch)
+    assert result(folder) == plain
+    (folder.path / "accuracy.png").unlink()
+    monkeypatch.setattr(experiment, "_score", None)  # so is that
+    resume(folder, monkeypatch)
+    assert (folder.path / "accuracy.png").exists()
+    assert (folder.path / "loss.png").exists()
+
+
+def test_a_checkpoint_that_can_not_be_read_now_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "step-12.pth":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        with pytest.raises(NotARunError, match=r"cannot read .*step-12\.pth: Permission denied; put that right"):
+            resume(folder, patch)
+    assert not list(folder.path.glob("*.damaged"))
     resume(folder, monkeypatch)
     assert result(folder) == plain
-    assert (folder.path / "loss.png").exists()
+
+
+def test_where_no_checkpoint_is_whole_the_user_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    for path in folder.checkpoints():
+        damage(path, "a bit")
+    with pytest.raises(NotARunError, match=r"no checkpoint of .* is whole; they are set aside; go on once more"):
+        resume(folder, monkeypatch)
+    assert len(folder.train_log()["epochs"]) == 2
+    resume(folder, monkeypatch)
+    assert result(folder) == plain
+
+
+def test_whatever_a_checkpoint_lacks_or_has_wrong_it_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed(tmp_path, 5, monkeypatch, *EVERY)
+    whole = folder.load_checkpoint("step-4.pth")
+    for name in whole.keys() - {"cifarlab", "step"}:
+        for changed in ({key: value for key, value in whole.items() if key != name}, whole | {name: b"7"}):
+            folder.save_checkpoint("step-5.pth", serialized(changed))
+            said: list[str] = []
+            state = folder.newest_checkpoint(said.append)
+            assert state is not None and state["step"] == 4, name
+            assert f"it has no {name}; it is set aside as step-5.pth.damaged" in said[0]
+
+
+def test_a_checkpoint_of_before_a_field_was_there_counts_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+) -> None:
+    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    state = folder.load_checkpoint("step-12.pth")
+    del state["recipe"]["train"]["retries"], state["recipe"]["loss"]["mixup"]
+    folder.save_checkpoint("step-12.pth", serialized(state))
+    resume(folder, monkeypatch)
+    assert result(folder) == plain
+    state["recipe"]["loss"]["mixup"] = "much"
+    folder.save_checkpoint("step-99.pth", serialized(state | {"step": 99}))
+    folder.write_train_log({"status": "running"})
+    with pytest.raises(NotARunError, match=r"the recipe in a checkpoint of .*: loss\.mixup: "):
+        resume(folder, monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "value"), [("data", None), ("data", 7), ("resumed", None)])
+def test_a_damaged_environment_is_one_sentence(
+    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed(tmp_path, 5, monkeypatch, *EVERY)
+    folder.write_environment(folder.environment() | {name: value})
+    with pytest.raises(NotARunError, match=rf"environment\.json is damaged: '{name}' is not a"):
+        resume(folder, monkeypatch)
+
+
+def test_numerics_that_are_not_to_be_had_give_way_more_than_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    display, stop = stop_after(3)
+    settings = [*PLAIN, *EXACT, "train.numerics={dtype: float32, compile: true}"]
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    folder = run(tmp_path, *settings, display=display, stop=stop, dataset=a_dataset(), monkeypatch=monkeypatch)
+    monkeypatch.setattr(numerics, "can_compile", lambda _: False)
+    for step, stop_at in ((3, 8), (8, -1)):
+        said = resume(folder, monkeypatch, stop_at=stop_at)
+        assert any("are not to be had here" in line for line in said)
+        assert any(line.startswith(f"going on from step {step}; not bit for bit") for line in said) is (step == 3)
+    assert folder.status == "finished"
+
+
+def test_the_best_weights_of_a_way_that_was_given_up_are_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is of the first epoch, best.pth of the second, whose steps come again with lower rates."""
+    diverging(monkeypatch, 0.0006, step=13)
+    monkeypatch.setattr(train, "_is_better", lambda candidate, best: best is None or best["epoch"] < 3)
+    settings = [*PLAIN, *EXACT, "train.checkpoint_every={steps: 8}", "train.retries=1"]
+    folder = run(tmp_path, *settings, dataset=a_dataset(), monkeypatch=monkeypatch)
+    log = folder.train_log()
+    assert [setback["from_step"] for setback in log["setbacks"]] == [8]
+    entry = log["epochs"][log["best_epoch"] - 1]
+    assert log["best_val_accuracy"] in (entry["val_accuracy"], entry["ema_val_accuracy"])
+    assert folder.load_checkpoint("best.pth")["val_accuracy"] == log["best_val_accuracy"]
 
 
 # --- runs that diverge --------------------------------------------------------------------------
 
 
-def diverging(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
-    """The loss of step 10 is NaN for as long as the learning rate is that high."""
+def diverging(monkeypatch: pytest.MonkeyPatch, rate: float, step: int = 9) -> None:
+    """The loss of that step, from 0 on, is NaN for as long as the learning rate is that high."""
+    bad = step
     gradients = train.TrainingStep.set_gradients
 
     def spoiled(self: train.TrainingStep, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         loss, logits = gradients(self, batch, step)
-        return loss * (torch.nan if step == 9 and self.optimizer.param_groups[0]["lr"] > rate else 1), logits
+        return loss * (torch.nan if step == bad and self.optimizer.param_groups[0]["lr"] > rate else 1), logits
 
     monkeypatch.setattr(train.TrainingStep, "set_gradients", spoiled)
 
@@ -425,8 +533,8 @@ def test_a_second_process_is_refused_and_the_first_named(tmp_path: Path, monkeyp
     folder = run(tmp_path, display=Quiet(look), dataset=a_dataset(), monkeypatch=monkeypatch)
     process = folder.environment()["process"]
     assert refused == [
-        f"process {process['pid']} on {process['host']}, begun {process['began']}, is at work in {folder.path}; wait "
-        "until it is done, or stop it"
+        f"process {process['pid']} on {process['host']}, begun {process['began']}, is at work in {folder.path} (it "
+        "holds .lock there); wait until it is done, or stop it"
     ]
     assert folder.status == "finished"
 
@@ -482,8 +590,11 @@ def test_the_run_to_go_on_with_is_that_of_the_same_recipe(tmp_path: Path, monkey
 def test_a_machine_shows_that_it_resumes_exactly_or_what_differs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["verify-resume", "fast90", "--dataset", "digits", "--set", "train.numerics=exact"]
-    command += ["--set", "model.widths=[16, 16, 16]"]
+    exact = ["--dataset", "digits", "--set", "train.numerics=exact"]
+    frozen = ["--set", "model.freeze_stages=2", "--set", "data.limit=100"]
+    code, out, err = call(capsys, monkeypatch, "verify-resume", "ex1", *exact, *frozen)
+    assert (code, err) == (0, "") and "equal, bit for bit" in out
+    command = ["verify-resume", "fast90", *exact, "--set", "model.widths=[16, 16, 16]"]
     code, out, err = call(capsys, monkeypatch, *command)
     assert (code, err) == (0, "")
     assert "interrupted after step 1, 4 and 6" in out
@@ -531,6 +642,34 @@ def test_a_process_that_was_killed_is_gone_on_with_by_the_same_command(
     assert code == 4 and "is not a run folder" in err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(
+    number: int, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second comes in the middle of the step that the first lets finish."""
+    gradients, sent = train.TrainingStep.set_gradients, list[int]()
+
+    def disturbed(self: train.TrainingStep, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if step >= 5 and not sent:
+            for _ in range(2):
+                sent.append(step)
+                os.kill(os.getpid(), number)
+        return gradients(self, batch, step)
+
+    monkeypatch.setattr(train.TrainingStep, "set_gradients", disturbed)
+    small = ["--set", "data.limit=1000", "--set", "train.checkpoint_every.steps=2", "--set", "train.epochs=1"]
+    code_of, _, err = call(capsys, monkeypatch, "run", "ex1", "--dataset", "digits", "--runs", tmp_path, *small)
+    assert code_of == code and "once more to leave at once" in err and len(sent) == 2
+    (folder,) = [RunFolder(log.parent) for log in tmp_path.rglob("train.json")]
+    assert folder.status == "stopped"
+    assert [path.name for path in folder.checkpoints()] == ["step-2.pth", "step-4.pth"]
+    assert folder.load_checkpoint("step-4.pth")["step"] == 4
+    monkeypatch.undo()
+    code_of, out, _ = call(capsys, monkeypatch, "resume", folder.path)
+    assert code_of == 0 and "going on from step 4, bit for bit" in out
+
+
 @pytest.mark.parametrize("name", ["two words", "-dash", 'it\'s "so"', "наука 数据", "line\nbreak", "$HOME;ls", "*"])
 def test_a_run_is_gone_on_with_wherever_it_is_by_the_command_that_was_said(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -556,5 +695,6 @@ def test_a_run_is_gone_on_with_wherever_it_is_by_the_command_that_was_said(
     assert arguments[:2] == ["cifarlab", "resume"]
     code, out, err = call(capsys, monkeypatch, *arguments[1:])
     assert (code, err) == (0, "") and "bit for bit" in out
+    assert not (tmp_path / "runs").exists()
     (folder,) = Path(name).rglob("test.json")
     assert folder.is_relative_to(name)

@@ -49,6 +49,8 @@ class Board:
 
     def add(self, entry: dict[str, Any], step: int) -> None:
         """One more epoch."""
+        if not self._path.exists():  # somebody has tidied up
+            files.write_bytes(self._path, _record(time.time(), file_version="brain.Event:2"))
         files.append(self._path, _scalars(entry, step, time.time()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,7 +88,9 @@ def make_task(
 
 def made_on(device: torch.device) -> dict[str, Any]:
     """What rounding depends on, besides the recipe: with all of it the same, so are the bits."""
-    return {**machine.identity(device), "cuda": torch.version.cuda if device.type == "cuda" else None}
+    versions = {name: importlib.metadata.version(name) for name in ("timm", "torchvision", "numpy")}
+    cuda = torch.version.cuda if device.type == "cuda" else None
+    return {**machine.identity(device), "cuda": cuda, "cifarlab": __version__, **versions}
 
 
 def numerics_of(recipe: Recipe, device: torch.device) -> numerics.Numerics:

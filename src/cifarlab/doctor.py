@@ -46,24 +46,24 @@ def examine(runs: Path, data: Path | None) -> Findings:
 
     runs: where run folders would go. data: where CIFAR's files are; None: the cache.
     """
-    checks: tuple[Callable[[], Findings], ...] = (
-        _python,
-        _packages,
-        _processor,
-        _gpu,
-        _memory,
-        lambda: _disk(runs),
-        lambda: _datasets(data),
-        _weights,
-        lambda: _windows(data),
-    )
-    for check in checks:
+    checks: dict[str, Callable[[], Findings]] = {
+        "Python": _python,
+        "packages": _packages,
+        "processor": _processor,
+        "GPU": _gpu,
+        "memory": _memory,
+        "disk": lambda: _disk(runs),
+        "datasets": lambda: _datasets(data),
+        "weights": _weights,
+        "WSL": lambda: _windows(data),
+    }
+    for what, check in checks.items():
         try:
             yield from check()
         except Exception as error:  # whatever a broken installation raises
             said = " ".join(str(error).split())[:200] or type(error).__name__
-            name = getattr(check, "__name__", "_check").strip("_<>")
-            yield Finding("bad", name, said, "install again: pip install --force-reinstall torch torchvision timm")
+            mend = "install again: pip install --force-reinstall torch torchvision timm"
+            yield Finding("bad", what, said, "" if isinstance(error, OSError | CifarlabError) else mend)
 
 
 def _python() -> Findings:
@@ -147,6 +147,10 @@ def _cuda(device: torch.device) -> Findings:
 
     name, what = torch.cuda.get_device_name(device), f"GPU {device.index}"
     free, total = torch.cuda.mem_get_info(device)
+    if free < LEAST_MEMORY:
+        found = f"{name}, {free / 1e6:,.0f} MB of its memory are free"
+        yield Finding("bad", what, found, "what else is running? nvidia-smi says")
+        return
     try:
         images = torch.randn(8, 16, 32, 32, device=device)
         weight = torch.randn(16, 16, 3, 3, device=device, requires_grad=True)
@@ -168,8 +172,6 @@ def _cuda(device: torch.device) -> Findings:
     output.float().square().mean().backward()  # type: ignore[no-untyped-call]
     if not (torch.isfinite(output).all() and weight.grad is not None and torch.isfinite(weight.grad).all()):
         yield Finding("note", what, "float16 convolutions give NaN on it", "leave train.numerics at auto, or exact")
-    if free < LEAST_MEMORY:
-        yield Finding("bad", what, f"{free / 1e6:,.0f} MB of its memory are free", "what else is running? nvidia-smi")
 
 
 def _memory() -> Findings:
@@ -196,7 +198,7 @@ def _disk(runs: Path) -> Findings:
 
     for what, folder, vital in (("runs", runs, True), ("cache", cache_folder(), False)):
         place = folder.absolute()
-        while not place.exists():
+        while not place.exists() and place != place.parent:
             place = place.parent
         level: Literal["note", "bad"] = "bad" if vital else "note"
         try:

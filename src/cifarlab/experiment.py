@@ -99,7 +99,9 @@ def run_experiment(
             report(f"run folder: {run.path}")
             with _ending_said(run, report):
                 run.write_environment(_environment(dataset, prepared, device, task, weights, decided, asked))
-                _train(recipe, prepared, weights, task, run, display, stop, process_started, report, profile=profile)
+                tasks = [task]
+                del task
+                _train(recipe, prepared, weights, tasks, run, display, stop, process_started, report, profile=profile)
                 _finish(run, recipe, prepared, device, process_started)
     return run
 
@@ -128,9 +130,10 @@ def resume_experiment(
             report(f"{run.path} is finished: there is nothing to go on with")
             return run
         run.remove_leftovers()
-        recipe, saved = run.recipe(), run.newest_checkpoint(report)
+        recipe, trained = run.recipe(), run.status == "finished"
+        saved = None if trained else run.newest_checkpoint(report)
         if saved is not None:
-            _refuse_change(run, "recipe", flatten(saved["recipe"]), flatten(recipe.to_dict()))
+            _refuse_change(run, "recipe", _fields(saved["recipe"], run), _fields(recipe.to_dict(), run))
         started = _environment_of(run)
         recipe = _with_possible_numerics(recipe, device, report)
         with explained(recipe):
@@ -149,6 +152,9 @@ def resume_experiment(
                     _refuse_change(run, name, {name: saved[name]}, {name: task.description[name]})
                 process_started -= saved["wall_time"]
                 report(_said_of_bits(saved, task, recipe))
+            elif trained:
+                process_started -= run.train_log().get("wall_time") or 0.0
+                report(f"{run.path} is trained: what comes after that is done now")
             else:
                 report(f"{run.path} has no checkpoint yet: it begins again")
             with _ending_said(run, report):
@@ -156,8 +162,10 @@ def resume_experiment(
                 if started:
                     environment = {**started, "resumed": [*started.get("resumed", []), _again(environment, saved)]}
                 run.write_environment(environment)
-                if run.status != "finished":
-                    _train(recipe, prepared, weights, task, run, display, stop, process_started, report, saved=saved)
+                if not trained:
+                    tasks = [task]
+                    del task
+                    _train(recipe, prepared, weights, tasks, run, display, stop, process_started, report, saved=saved)
                 else:  # what came after training was interrupted; its reason is past
                     run.write_train_log({name: value for name, value in run.train_log().items() if name != "error"})
                 _finish(run, recipe, prepared, device, process_started)
@@ -179,7 +187,7 @@ def _train(
     recipe: Recipe,
     prepared: Prepared,
     weights: Weights | None,
-    task: Task,
+    tasks: list[Task],
     run: RunFolder,
     display: Display,
     stop: StopRequest,
@@ -189,22 +197,38 @@ def _train(
     saved: dict[str, Any] | None = None,
     profile: bool = False,
 ) -> None:
-    """`train`, and where that diverges again from the last checkpoint with lower rates, as often as the recipe says."""
+    """`train`, and where that diverges again from the last checkpoint with lower rates, as often as the recipe says.
+
+    tasks: the one to begin with, which nobody else holds: its memory is given back before there is another.
+    """
     setbacks = list(saved["setbacks"]) if saved is not None else []
+    device = tasks[0].device
     while True:
+        reason = None
         try:
-            train(recipe, task, run, display, stop, process_started, saved=saved, setbacks=setbacks, profile=profile)
+            train(
+                *(recipe, tasks[0], run, display, stop, process_started),
+                saved=saved,
+                setbacks=setbacks,
+                profile=profile,
+            )
         except DivergedError as error:
             if len(setbacks) >= recipe.train.retries:
                 raise
-            saved = run.newest_checkpoint(report)
-            step = saved["step"] if saved is not None else 0
-            setbacks.append({"from_step": step, "reason": str(error).partition(";")[0]})
-            factor = SETBACK ** len(setbacks)
-            report(f"{setbacks[-1]['reason']}: going on from step {step} with {factor:g} of the learning rates")
-            task = make_task(recipe, prepared, task.device, weights, report)
-        else:
+            reason = str(error).partition(";")[0]
+        if reason is None:
             return
+        # Not in the `except`: the exception holds the frames that hold the memory.
+        tasks.clear()
+        machine.give_back_memory(device)
+        saved = run.newest_checkpoint(report)
+        if saved is None:
+            files.remove(run.path / "best.pth")  # of epochs that come anew
+        step = saved["step"] if saved is not None else 0
+        setbacks.append({"from_step": step, "reason": reason})
+        factor = SETBACK ** len(setbacks)
+        report(f"{reason}: going on from step {step} with {factor:g} of the learning rates")
+        tasks.append(make_task(recipe, prepared, device, weights, report))
 
 
 @contextlib.contextmanager
@@ -227,13 +251,17 @@ def _finish(run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.de
     best = log["best_epoch"], log["best_weights"]
     plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
     plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
-    if log["status"] == "finished" and recipe.evaluate.test:
+    if log["status"] == "finished" and recipe.evaluate.test and not run.scored:
         _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
 
 
 def _environment_of(run: RunFolder) -> dict[str, Any]:
-    """A run's environment; empty where it was killed before that was written."""
-    return run.environment() if (run.path / "environment.json").exists() else {}
+    """A run's environment; empty where it was killed before that was written. Raises NotARunError."""
+    found = run.environment() if (run.path / "environment.json").exists() else {}
+    for name, kind in (("data", dict), ("resumed", list)):
+        if not isinstance(found.get(name, kind()), kind):
+            raise NotARunError(f"{run.path / 'environment.json'} is damaged: {name!r} is not a {kind.__name__}")
+    return found
 
 
 def _folder_of(environment: dict[str, Any], asked: Path | None) -> Path | None:
@@ -251,6 +279,16 @@ def _refuse_change(run: RunFolder, what: str, before: dict[str, Any], now: dict[
             f"the {what} of {run.path} is not what it began with, so it can't go on: {changes}; put that right, or "
             "begin a new run"
         )
+
+
+def _fields(values: dict[str, Any], run: RunFolder) -> dict[str, Any]:
+    """A recipe's fields by their names, defaults where it is older than a field; without numerics, which may have to
+    change. Raises NotARunError for what is no recipe."""
+    try:
+        recipe = make_recipe(values, origin=f"the recipe in a checkpoint of {run.path}")
+    except RecipeError as error:
+        raise NotARunError(str(error)) from None
+    return flatten(recipe.with_train(numerics="exact").to_dict())
 
 
 def _with_possible_numerics(recipe: Recipe, device: torch.device, report: Report) -> Recipe:
@@ -272,6 +310,8 @@ def _said_of_bits(saved: dict[str, Any], task: Task, recipe: Recipe) -> str:
         changed.append("numerics")
     if changed:
         return f"going on from step {step}; not bit for bit as if it had never stopped: {', '.join(changed)}"
+    if recipe.caches and recipe.train.prune is not None:
+        return f"going on from step {step}; frozen stages whose images are pruned may round differently"
     if not task.network.numerics.deterministic and task.device.type != "cpu":
         return f"going on from step {step}; with these numerics a GPU is not deterministic to the last bit"
     return f"going on from step {step}, bit for bit as if it had never stopped"
@@ -438,7 +478,7 @@ def _score(
         "tta": None,
         "classes": list(prepared.classes),
         # A first look that was interrupted once its figures were known is one with the next.
-        "test_looks": looks + 1 if looks == 0 or run.scored else looks,
+        "test_looks": looks if looks and process_started is not None else looks + 1,
         "total_time": before.get("total_time") if process_started is None else time.time() - process_started,
     }
     if chosen is not None:

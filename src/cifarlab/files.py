@@ -175,7 +175,8 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 def owned(path: Path, refuse: Callable[[], NoReturn]) -> Iterator[None]:
     """Hold the lock file `path`, or call `refuse` where somebody else does. The lock dies with its owner.
 
-    Raises StorageError where the file can't be made.
+    Where the file system has no locks, as some network disks have none, nobody is kept out. Raises StorageError where
+    the file can't be made.
     """
     import filelock
 
@@ -184,8 +185,14 @@ def owned(path: Path, refuse: Callable[[], NoReturn]) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         refuse()
+    except NotImplementedError:
+        yield
+        return
     except OSError as error:
-        raise explain("lock", path, error) from error
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise explain("lock", path, error) from error
+        yield
+        return
     try:
         yield
     finally:

@@ -324,7 +324,8 @@ def parse_yaml(text: str, origin: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         raise RecipeError(f"{origin}:{where} not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's own for a tag on what it isn't for: `!!bool maybe`, `!!timestamp x`.
         raise RecipeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{origin}: nested too deeply for a recipe") from None

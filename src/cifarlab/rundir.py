@@ -17,13 +17,15 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cifarlab import files
+from cifarlab import files, machine
 from cifarlab.errors import NotARunError, RecipeError, RunError
 from cifarlab.recipe import FOLDER_PREFIX, Recipe, make_recipe, parse_yaml
 
@@ -40,7 +42,13 @@ _NO_COMMENT = struct.pack("<H", 0)
 _CURVES = ("loss.png", "accuracy.png")
 _OF_TEST = ("test.json", "predictions.npz", "confusion_matrix.png")
 # What a checkpoint must have to be gone on from.
-_TO_GO_ON = frozenset({"step", "model", "optimizer", "epochs", "sums", "recipe", "classes", "data", "made_on"})
+_TO_GO_ON: dict[str, type | tuple[type, ...]] = {
+    "recipe": dict, "classes": list, "mean": list, "std": list, "data": dict, "made_on": dict, "step": int,
+    "model": dict, "average": (dict, NoneType), "optimizer": dict, "scaler": (dict, NoneType), "epochs": list,
+    "best": (dict, NoneType), "started": str, "setbacks": list, "train_time": float, "wall_time": float,
+    "epoch_began": float, "sums": dict, "images": int, "flops": (int, NoneType), "accumulate": int,
+    "pruning": (dict, NoneType), "frozen": (dict, NoneType),
+}  # fmt: skip
 MAX_RECORD_BYTES = 100_000_000
 EXAMPLE = "give a run folder, such as runs/ex1/cifar10/20261123-212500"
 
@@ -106,7 +114,7 @@ class RunFolder:
             started = self.environment()
             last = [started, *started.get("resumed", [])][-1]["process"]
             owner = f"process {last['pid']} on {last['host']}, begun {last['began']},"
-        raise RunError(f"{owner} is at work in {self.path}; wait until it is done, or stop it")
+        raise RunError(f"{owner} is at work in {self.path} (it holds .lock there); wait until it is done, or stop it")
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process had only begun to write. Raises StorageError."""
@@ -186,16 +194,25 @@ class RunFolder:
 
         One whose bytes are not those that were written is refused. Files of torch.save's without our checksum are read.
         """
-        import torch
-
         path = self.path / name
         try:
-            state = torch.load(io.BytesIO(_verified(path.read_bytes())), map_location="cpu", weights_only=True)
+            data = path.read_bytes()
         except FileNotFoundError:
             raise NotARunError(f"{path} is missing; this run has saved no such checkpoint") from None
         except OSError as error:
             raise NotARunError(f"cannot read {path}: {error.strerror}") from error
+        return self._parsed(data, path)
+
+    def _parsed(self, data: bytes, path: Path) -> dict[str, Any]:
+        import torch
+
+        sealed = False
+        try:
+            data, sealed = _verified(data)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # whatever comes to torch's mind: ten kinds, of bytes changed at random
+            if sealed and machine.is_out_of_memory(error):
+                raise  # the file is whole
             raise NotARunError(
                 f"{path} is damaged, or holds more than tensors and plain values; cifarlab reads checkpoints of its own"
             ) from error
@@ -209,21 +226,32 @@ class RunFolder:
         return sorted(found, key=lambda path: (_step_of(path), path.name))
 
     def newest_checkpoint(self, report: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest checkpoint to go on from that is whole; None where there is none.
+        """The newest checkpoint to go on from that is whole; None where there is none at all.
 
-        Damaged ones are set aside, under another name, and reported. Raises StorageError where that can't be done.
+        Damaged ones are set aside, under another name, and reported. Raises StorageError where that can't be done,
+        NotARunError where all are damaged, and where one can't be read at the moment.
         """
-        for path in reversed(self.checkpoints()):
+        found = self.checkpoints()
+        for path in reversed(found):
             try:
-                state = self.load_checkpoint(path.name)
-                if missing := _TO_GO_ON - state.keys():
-                    raise NotARunError(f"{path} is no checkpoint to go on from: it has no {' and no '.join(missing)}")
+                data = path.read_bytes()
+            except OSError as error:  # it may be whole all the same
+                raise NotARunError(f"cannot read {path}: {error.strerror}; put that right and go on") from error
+            try:
+                state = self._parsed(data, path)
+                wrong = [name for name, kind in _TO_GO_ON.items() if not isinstance(state.get(name, ...), kind)]
+                if wrong:
+                    raise NotARunError(f"{path} is no checkpoint to go on from: it has no {' and no '.join(wrong)}")
             except NotARunError as error:
                 aside = path.with_name(f"{path.name}.damaged")
                 files.rename(path, aside)
                 report(f"{error}; it is set aside as {aside.name}")
             else:
                 return state
+        if found:
+            raise NotARunError(
+                f"no checkpoint of {self.path} is whole; they are set aside; go on once more, and it begins again"
+            )
         return None
 
     def keep_latest(self, count: int) -> None:
@@ -270,25 +298,34 @@ def serialized(state: dict[str, Any]) -> bytes:
     return data.removesuffix(_NO_COMMENT) + struct.pack("<H", len(seal)) + seal
 
 
-def _verified(data: bytes) -> bytes:
-    """A checkpoint's bytes as torch.save wrote them. Raises ValueError where they are others than were sealed."""
+def _verified(data: bytes) -> tuple[bytes, bool]:
+    """A checkpoint's bytes as torch.save wrote them, and whether that is sealed.
+
+    Raises ValueError where they are others than were sealed.
+    """
     seal = _SEAL.fullmatch(data[-_SEAL_BYTES:])
     if seal is None:
         if data[-_SEAL_BYTES - len(_NO_COMMENT) : -_SEAL_BYTES] == struct.pack("<H", _SEAL_BYTES):
             raise ValueError("its checksum is damaged")
-        return data  # not of ours
+        return data, False  # not of ours
     data = data[: -_SEAL_BYTES - len(_NO_COMMENT)] + _NO_COMMENT
     if hashlib.sha256(data).hexdigest().encode() != seal[2]:
         raise ValueError("its checksum is another")
-    return data
+    return data, True
 
 
 def _step_of(path: Path) -> int:
-    """The step of a checkpoint, by its end or, where that is not ours, by its name; -1 where neither says it."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(-min(_SEAL_BYTES, path.stat().st_size), os.SEEK_END)
-        if (seal := _SEAL.fullmatch(file.read())) is not None:
-            return int(seal[1])
+    """The step of a checkpoint, by its end or, where that is not ours, by its name; -1 where neither says it.
+
+    One that can't be read counts as the newest, so that it is not taken for an old one and removed.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(-min(_SEAL_BYTES, path.stat().st_size), os.SEEK_END)
+            if (seal := _SEAL.fullmatch(file.read())) is not None:
+                return int(seal[1])
+    except OSError:
+        return sys.maxsize
     return int(path.stem.removeprefix("step-")) if path.name.startswith("step-") else -1
 
 
@@ -332,10 +369,7 @@ def find_run_of(runs: Path, plan: Recipe) -> RunFolder | None:
         run = RunFolder(recipe.parent)
         with contextlib.suppress(NotARunError):
             own = run.recipe()
-            if (own.datasets, own.seed, run.environment().get("asked")) == (
-                plan.datasets,
-                plan.seed,
-                plan.fingerprint(),
-            ):
+            mine = own.datasets, own.seed, own.evaluate.test, run.environment().get("asked")
+            if mine == (plan.datasets, plan.seed, plan.evaluate.test, plan.fingerprint()):
                 found.append((not run.done, recipe.stat().st_mtime_ns, run))
     return max(found, key=lambda entry: entry[:2])[2] if found else None

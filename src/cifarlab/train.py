@@ -276,7 +276,8 @@ def train(
         sums.load_state(saved["sums"])
         clock = Stopwatch(task.device, saved["train_time"])
         saved_at, epoch_began = saved["train_time"], saved["epoch_began"]
-        best = _best_so_far(saved, task, run, display.report)
+        same = len(setbacks) == len(saved["setbacks"]) and saved["made_on"] == task.description["made_on"]
+        best = _best_so_far(saved, task, run, display.report, same=same)
     first_step = step
     machine.reset_peak_memory(task.device)
     log: dict[str, Any] = {
@@ -350,7 +351,7 @@ def train(
     board = Board(run.path)
     freeze_backbone(model, stages, frozen=step < thaw_step)
     set_mode(model, stages, backbone=step < thaw_step)
-    if saved is not None and network.frozen is not None:
+    if saved is not None and network.frozen is not None and saved["frozen"] is not None:
         _recall(recipe, task, step, total_steps, saved["frozen"])
     batches = make_batches(recipe, task, step, total_steps, pruning)
     began = time.perf_counter()
@@ -501,7 +502,7 @@ def _restore(
         if task.average is not None:
             task.average.network.model.load_state_dict(saved["average"])
         take_step.optimizer.load_state_dict(saved["optimizer"])
-        if take_step.scaler is not None:
+        if take_step.scaler is not None and saved["scaler"] is not None:
             take_step.scaler.load_state_dict(saved["scaler"])
         take_step.accumulate = saved["accumulate"]
         if pruning is not None:
@@ -511,18 +512,23 @@ def _restore(
         raise NotARunError(f"the checkpoint of step {saved['step']} of {run.path} does not fit: {reason}") from error
 
 
-def _best_so_far(saved: dict[str, Any], task: Task, run: RunFolder, report: Report) -> dict[str, Any] | None:
+def _best_so_far(
+    saved: dict[str, Any], task: Task, run: RunFolder, report: Report, *, same: bool
+) -> dict[str, Any] | None:
     """What best.pth says of itself: it may be of an epoch after the checkpoint, which then comes again.
 
-    Where it is damaged, the checkpoint's own weights take its place, if they are the best; or else those of an epoch to
-    come do.
+    same: whether that epoch will be the same. Where it will not, and where best.pth is damaged, the checkpoint's own
+    weights take its place, if they are the best; or else those of an epoch to come do.
     """
     best = saved["best"]
     if best is None and not (run.path / "best.pth").exists():
         return None
     try:
         state = run.load_checkpoint("best.pth")
-        return {name: state[name] for name in ("epoch", "val_loss", "val_accuracy", "weights")}
+        found = {name: state[name] for name in ("epoch", "val_loss", "val_accuracy", "weights")}
+        if not same and found["epoch"] > len(saved["epochs"]):
+            raise NotARunError(f"{run.path / 'best.pth'} is of epoch {found['epoch']}, which comes anew")
+        return found
     except (NotARunError, KeyError) as error:
         if best is not None and best["epoch"] == len(saved["epochs"]) and not saved["sums"]["images"]:
             report(f"{error}; the checkpoint's weights, which are the best, take its place")
@@ -546,7 +552,8 @@ def _recall(recipe: Recipe, task: Task, step: int, total_steps: int, record: dic
     pipeline = _pipeline_at(task, step, total_steps)
     first = next(number for number in range(step + 1) if _pipeline_at(task, number, total_steps) is pipeline)
     batches = make_batches(recipe, task, first, total_steps)
-    for _ in range(first, min(step, first + cycle * steps_per_epoch)):
+    all_seen = (math.ceil(first / steps_per_epoch) + cycle) * steps_per_epoch  # each version of each image has come
+    for _ in range(first, min(step, all_seen)):
         next(batches)
     frozen.computed, frozen.recalled = record["computed"], record["recalled"]
 

@@ -22,7 +22,8 @@ from cifarlab.train import Progress, StopRequest
 # So many epochs of so many steps: a stop after the first step, at an epoch's end and within one.
 EPOCHS, STEPS = 2, 4
 STOPS = (1, STEPS, STEPS + 2)
-_TIMES = frozenset({"train_time", "wall_time", "epoch_began", "started", "seconds"})
+# Times; and how often frozen stages ran, which is more where what they remembered was lost.
+_TIMES = frozenset({"train_time", "wall_time", "epoch_began", "started", "seconds", "frozen"})
 
 
 class _StopAt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,7 +191,8 @@ def _carry_out(jobs: list[_Job], folder: Path | None, runs: Path, device_name: s
     began = time.time() - machine.process_age()
     console = make_console()
     device = machine.choose_device(device_name)
-    check_plans([plan for plan, begun in jobs if begun is None], runs, device, say)
+    if plans := [plan for plan, begun in jobs if begun is None]:
+        check_plans(plans, runs, device, say)
     done: list[RunFolder] = []
     stop = StopRequest()
     many_seeds = len({plan.seed for plan, _ in jobs}) > 1
@@ -218,7 +220,8 @@ def _carry_out(jobs: list[_Job], folder: Path | None, runs: Path, device_name: s
                     done.append(run)
                     _summary(console, run)
                 else:
-                    where = shlex.quote(f"./{run.path}" if str(run.path).startswith("-") else str(run.path))
+                    where = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)
+                    where = subprocess.list2cmdline([where]) if os.name == "nt" else shlex.quote(where)
                     _complain(f"stopped; the run so far is in {run.path}; go on with: cifarlab resume {where}", 0)
                 if stop.signal is not None:
                     sys.exit(128 + stop.signal)

@@ -33,7 +33,7 @@ class RunDisplay:
             auto_refresh=False,  # a refreshing thread would take turns with the training one
             disable=not self._live,
         )
-        self._task = self._bar.add_task(title, total=None, status="")
+        self._task = self._bar.add_task(printable(title), total=None, status="")
 
     def __enter__(self) -> Self:
         self._bar.start()
