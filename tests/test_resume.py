@@ -372,14 +372,17 @@ def test_a_checkpoint_of_before_a_field_was_there_counts_its_default(
         resume(folder, monkeypatch)
 
 
-@pytest.mark.parametrize(("name", "value"), [("data", None), ("data", 7), ("resumed", None)])
-def test_a_damaged_environment_is_one_sentence(
-    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("values", ["", "[1]", '{"data": null}', '{"data": {}, "resumed": 7}'])
+def test_a_damaged_environment_is_written_anew(
+    values: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 5, monkeypatch, *EVERY)
-    folder.write_environment(folder.environment() | {name: value})
-    with pytest.raises(NotARunError, match=rf"environment\.json is damaged: '{name}' is not a"):
-        resume(folder, monkeypatch)
+    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    before = folder.environment()
+    (folder.path / "environment.json").write_text(values)
+    (line,) = [line for line in resume(folder, monkeypatch) if "environment.json is damaged" in line]
+    assert line.endswith("; it is written anew")
+    assert folder.environment()["data"] == before["data"]
+    assert result(folder) == plain
 
 
 def test_numerics_that_are_not_to_be_had_give_way_more_than_once(

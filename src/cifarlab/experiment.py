@@ -134,7 +134,7 @@ def resume_experiment(
         saved = None if trained else run.newest_checkpoint(report)
         if saved is not None:
             _refuse_change(run, "recipe", _fields(saved["recipe"], run), _fields(recipe.to_dict(), run))
-        started = _environment_of(run)
+        started = _environment_of(run, report)
         recipe = _with_possible_numerics(recipe, device, report)
         with explained(recipe):
             if dataset is None:
@@ -255,12 +255,18 @@ def _finish(run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.de
         _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
 
 
-def _environment_of(run: RunFolder) -> dict[str, Any]:
-    """A run's environment; empty where it was killed before that was written. Raises NotARunError."""
-    found = run.environment() if (run.path / "environment.json").exists() else {}
-    for name, kind in (("data", dict), ("resumed", list)):
-        if not isinstance(found.get(name, kind()), kind):
-            raise NotARunError(f"{run.path / 'environment.json'} is damaged: {name!r} is not a {kind.__name__}")
+def _environment_of(run: RunFolder, report: Report) -> dict[str, Any]:
+    """A run's environment; empty where it was killed before that was written, and where it is damaged."""
+    if not (run.path / "environment.json").exists():
+        return {}
+    try:
+        found = run.environment()
+        for name, kind in (("data", dict), ("resumed", list)):
+            if not isinstance(found.get(name, kind()), kind):
+                raise NotARunError(f"{run.path / 'environment.json'} is damaged: {name!r} is not a {kind.__name__}")
+    except NotARunError as error:
+        report(f"{error}; it is written anew")
+        return {}
     return found
 
 
