@@ -316,6 +316,7 @@ def test_many_runs_fold_without_being_validated_or_compared_in_pairs(
         ("test.json", '{"accuracy": true}', "'accuracy' is not a number"),
         ("test.json", '{"accuracy": NaN}', "NaN is not JSON"),
         ("test.json", '{"accuracy": 1e999}', "'accuracy' is not a number"),
+        ("test.json", '{"accuracy": 1' + "0" * 400 + "}", "'accuracy' is not a number"),
         ("environment.json", "", "is damaged"),
         ("test.json", '{"accuracy": 0.5, "tta": [1]}', "'tta' is not a mapping"),
         ("test.json", '{"accuracy": 0.5, "tta": {"mode": "flip", "accuracy": "x"}}', "'accuracy' is not a number"),

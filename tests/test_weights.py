@@ -463,7 +463,13 @@ def test_a_checkpoint_of_ours_brings_its_normalisation(tmp_path: Path) -> None:
     result = found(SMALL, str(tmp_path / "best.pth"))
     assert (result.mean, result.std) == (tuple(mean), tuple(std))
     assert torch.equal(loaded(tmp_path / "best.pth").state_dict()["conv_stem.weight"], state["conv_stem.weight"])
-    for wrong in ({"std": [0.1, 0.0, 0.1]}, {"std": [1.0]}, {"mean": "x"}, {"mean": [0.1, float("nan"), 0.1]}):
+    for wrong in (
+        {"std": [0.1, 0.0, 0.1]},
+        {"std": [1.0]},
+        {"mean": "x"},
+        {"mean": [0.1, float("nan"), 0.1]},
+        {"mean": [10**400] * 3},
+    ):
         torch.save(checkpoint | wrong, tmp_path / "wrong.pth")
         with pytest.raises(DataError, match=r"wrong.pth is damaged: "):
             found(SMALL, str(tmp_path / "wrong.pth"))

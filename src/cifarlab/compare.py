@@ -6,8 +6,8 @@ import csv
 import html
 import io
 import json
-import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -154,7 +154,7 @@ def _number(record: dict[str, Any], name: str, path: Path) -> float | None:
     value = record.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise NotARunError(f"{path} is damaged: '{name}' is not a number")
     return value
 

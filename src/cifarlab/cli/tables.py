@@ -138,7 +138,8 @@ def print_pairs(console: Console, recipe: Recipe, pairs: Sequence[Pair]) -> None
             ratio = f"{pair.ratio:.1%}" if pair.contender == "ceiling" else f"{pair.ratio:.2f}"
             table.add_row(pair.contender, _spread(pair.ours), _spread(pair.theirs), ratio)
     batch = recipe.train.batch
-    console.print(Text(f"{recipe.name} on {recipe.datasets[0]}, batch {batch}, numerics {recipe.train.numerics}"))
+    title = f"{recipe.name} on {recipe.datasets[0]}, batch {batch}, numerics {recipe.train.numerics}"
+    console.print(Text(printable(title)))
     console.print(table)
 
 

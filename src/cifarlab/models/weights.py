@@ -11,9 +11,9 @@ Nothing in a file is executed: .safetensors holds tensors only, and others are r
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 import shutil
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -280,7 +280,9 @@ def _given(path: Path, network: Network) -> Weights:
 
 def _triple(values: Any, path: Path) -> tuple[float, ...]:
     if isinstance(values, list | tuple) and len(values) == 3:
-        numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+        numbers = [
+            float(value) for value in values if isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        ]
         if len(numbers) == 3:
             return tuple(numbers)
     raise DataError(f"{path} is damaged: expected a mean and a std of three channels")
