@@ -20,7 +20,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_imports.py
 
-# Every fault of the disk, and kills, at every point of a run: 20 minutes on two cores.
+# Every fault of the disk, and kills, at every point of a run.
 torture: $(STAMP)
 	$(BIN)/python tests/torture.py
 

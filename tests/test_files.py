@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from cifarlab import files
@@ -369,3 +370,24 @@ def test_json_comes_back_as_it_went_and_stays_legible(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a", value)
     assert json.loads((tmp_path / "a").read_text(encoding="utf-8")) == value
     assert "größe" in (tmp_path / "a").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")])
+def test_a_file_system_without_locks_keeps_nobody_out_where_none_is_required(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    path, done = tmp_path / ".lock", list[int]()
+    with files.locked(path, done.clear, required=False):
+        done.append(1)
+    assert done == [1]
+    with pytest.raises(StorageError, match=r"cannot lock .*\.lock"), files.locked(path, done.clear):
+        done.append(2)
+    assert done == [1]
+    error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(StorageError, match="permission denied"), files.locked(path, done.clear, required=False):
+        done.append(3)
+    assert done == [1]

@@ -1,4 +1,4 @@
-"""Every fault, everywhere: `make torture`. 20 minutes on two cores; prints the table of docs/reliability.md.
+"""Every fault, everywhere: `make torture`. Prints how often each was tried, and what came of it.
 
 python tests/torture.py [--kills 50] [--jobs 2] [--every 1]
 """

@@ -51,7 +51,8 @@ class Board:
         """One more epoch."""
         if not self._path.exists():  # somebody has tidied up
             files.write_bytes(self._path, _record(time.time(), file_version="brain.Event:2"))
-        files.append(self._path, _scalars(entry, step, time.time()))
+        with files.continuing(self._path, self._path.stat().st_size) as file:
+            file.write(_scalars(entry, step, time.time()))
 
 
 def _scalars(entry: dict[str, Any], step: int, wall_time: float) -> bytes:

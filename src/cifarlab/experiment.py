@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, flatten, make_recipe
 from cifarlab.recipe_sections import NumericsChoice, check_tta
 from cifarlab.rundir import RunFolder
-from cifarlab.train import SETBACK, Display, StopRequest, Task, mark, train
+from cifarlab.train import SETBACK, Display, StopRequest, Task, mark, now, train
 
 
 def check_plans(plans: Sequence[Recipe], runs: Path, device: torch.device, report: Report) -> None:
@@ -135,7 +135,7 @@ def resume_experiment(
         if saved is not None:
             _refuse_change(run, "recipe", _fields(saved["recipe"], run), _fields(recipe.to_dict(), run))
         started = _environment_of(run, report)
-        recipe = _with_possible_numerics(recipe, device, report)
+        recipe = _with_possible_numerics(recipe, device, report, "going on")
         with explained(recipe):
             if dataset is None:
                 dataset = load(recipe, _folder_of(started, data_folder), report)
@@ -297,11 +297,11 @@ def _fields(values: dict[str, Any], run: RunFolder) -> dict[str, Any]:
     return flatten(recipe.with_train(numerics="exact").to_dict())
 
 
-def _with_possible_numerics(recipe: Recipe, device: torch.device, report: Report) -> Recipe:
+def _with_possible_numerics(recipe: Recipe, device: torch.device, report: Report, doing: str) -> Recipe:
     """The recipe with the exact numerics, where its own can't be had on this device."""
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice) and (reason := numerics.impossible(device, choice)) is not None:
-        report(f"the run's numerics ({choice}) are not to be had here: {reason}; going on in float32")
+        report(f"the run's numerics ({choice}) are not to be had here: {reason}; {doing} in float32")
         return recipe.with_train(numerics="exact")
     return recipe
 
@@ -408,11 +408,9 @@ def score_run(
     data_folder = _folder_of(run.environment(), data_folder)
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice):
-        choice = choice.model_copy(update={"compile": False, "graphs": False})  # nothing is, in evaluation
-        recipe = recipe.with_train(numerics=choice)
-        if (reason := numerics.impossible(device, choice)) is not None:
-            report(f"the run's numerics ({choice}) are not to be had here: {reason}; scoring in float32")
-            recipe = make_recipe(recipe.to_dict(), ["train.numerics=exact"])
+        # Nothing is compiled or captured in evaluation.
+        recipe = recipe.with_train(numerics=choice.model_copy(update={"compile": False, "graphs": False}))
+        recipe = _with_possible_numerics(recipe, device, report, "scoring")
     with explained(recipe):
         dataset = load(recipe, data_folder, report)
         prepared = prepare(dataset, recipe.data, recipe.seed)
@@ -578,7 +576,7 @@ def _environment(
         "process": {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "began": now(),
         },
         "data": {
             **prepared.record,

@@ -14,11 +14,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from cifarlab.errors import DataError, StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
+# What a file system says that has no locks.
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 def explain(action: str, path: Path, error: OSError) -> StorageError:
@@ -98,18 +100,6 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
-def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file that is there. Raises StorageError; then a part of `data` may stand there."""
-    try:
-        with path.open("r+b") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise explain("write", path, error) from error
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a whole UTF-8 text file, or leave what was there. Raises StorageError."""
     write_bytes(path, text.encode())
@@ -149,10 +139,11 @@ def rename(old: Path, new: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file `path`; calls `waiting` once where somebody else holds it. The lock dies with its owner.
+def locked(path: Path, waiting: Callable[[], None], *, required: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`; calls `waiting` once where somebody else holds it, which may raise instead of waiting.
 
-    Raises StorageError where the file can't be made.
+    The lock dies with its owner. Where the file system has no locks, as some network disks have none, and they are not
+    `required`, nobody is kept out. Raises StorageError where the file can't be made.
     """
     import filelock
 
@@ -163,36 +154,10 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         except filelock.Timeout:
             waiting()
             lock.acquire()
-    except OSError as error:
-        raise explain("lock", path, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def owned(path: Path, refuse: Callable[[], NoReturn]) -> Iterator[None]:
-    """Hold the lock file `path`, or call `refuse` where somebody else does. The lock dies with its owner.
-
-    Where the file system has no locks, as some network disks have none, nobody is kept out. Raises StorageError where
-    the file can't be made.
-    """
-    import filelock
-
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        refuse()
-    except NotImplementedError:
-        yield
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise explain("lock", path, error) from error
-        yield
-        return
+    except (OSError, NotImplementedError) as error:
+        refused = error if isinstance(error, OSError) else OSError(errno.ENOSYS, str(error))
+        if required or refused.errno not in _NO_LOCKS:
+            raise explain("lock", path, refused) from error
     try:
         yield
     finally:

@@ -105,7 +105,7 @@ class RunFolder:
 
         Raises RunError, naming the owner, where there is one; StorageError where the lock can't be made.
         """
-        with files.owned(self.path / ".lock", self._refuse_second):
+        with files.locked(self.path / ".lock", self._refuse_second, required=False):
             yield
 
     def _refuse_second(self) -> NoReturn:

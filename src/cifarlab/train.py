@@ -267,7 +267,7 @@ def train(
     epochs: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     clock = Stopwatch(task.device)
-    started = _now()
+    started = now()
     if saved is not None:
         _restore(saved, task, take_step, pruning, run)
         step = saved_step = saved["step"]
@@ -300,7 +300,7 @@ def train(
 
     def log_so_far(status: str) -> dict[str, Any]:
         log["status"] = status
-        log["finished"] = None if status == "running" else _now()
+        log["finished"] = None if status == "running" else now()
         log["best_epoch"] = best["epoch"] if best else None
         log["best_val_accuracy"] = best["val_accuracy"] if best else None
         log["best_weights"] = best["weights"] if best else None
@@ -566,7 +566,7 @@ def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | Non
     with contextlib.suppress(RunError):
         log = run.train_log()
         if log["status"] == "running":
-            log |= {"status": status, "finished": _now()}
+            log |= {"status": status, "finished": now()}
         run.write_train_log({**log, "error": reason} if reason else log)
 
 
@@ -975,6 +975,6 @@ def _profiler(run: RunFolder, device: torch.device, asked: bool, display: Displa
         display.report(f"no profile: the run has fewer than {PROFILE_AFTER + 2} steps")
 
 
-def _now() -> str:
+def now() -> str:
     """ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

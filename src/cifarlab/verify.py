@@ -23,7 +23,7 @@ from cifarlab.train import Progress, StopRequest
 EPOCHS, STEPS = 2, 4
 STOPS = (1, STEPS, STEPS + 2)
 # Times; and how often frozen stages ran, which is more where what they remembered was lost.
-_TIMES = frozenset({"train_time", "wall_time", "epoch_began", "started", "seconds", "frozen"})
+_NOT_COMPARED = frozenset({"train_time", "wall_time", "epoch_began", "started", "seconds", "frozen"})
 
 
 class _StopAt:
@@ -111,7 +111,7 @@ def _pairs(name: str, one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     """The leaves of two nested values side by side, by their names, but for times."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in dict.fromkeys([*one, *other]):
-            if key not in _TIMES:
+            if key not in _NOT_COMPARED:
                 yield from _pairs(f"{name}.{key}".removeprefix("."), one.get(key), other.get(key))
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         for number, (mine, its) in enumerate(zip(one, other, strict=True)):

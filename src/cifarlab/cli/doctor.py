@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from cifarlab.cli.common import DataOption, say
-from cifarlab.errors import printable
 
 
 def doctor(
@@ -28,8 +27,8 @@ def doctor(
     for finding in examine(runs, data):
         bad += finding.level == "bad"
         mark = {"ok": "ok  ", "note": "note", "bad": "BAD "}[finding.level]
-        say(printable(f"{mark}  {finding.what}: {finding.found}"))
+        say(f"{mark}  {finding.what}: {finding.found}")
         if finding.mend:
-            say(printable(f"      -> {finding.mend}"))
+            say(f"      -> {finding.mend}")
     say(f"{bad} problem{'s' * (bad > 1)} to mend" if bad else "runs can work here")
     raise typer.Exit(1 if bad else 0)
