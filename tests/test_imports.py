@@ -50,7 +50,7 @@ ORDER = (
     "models models.*",
     "schedule",
     "optim",
-    "convolutions graphs",
+    "batchnorm convolutions graphs",
     "numerics",
     "rundir",
     "board",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifarlab import __version__, machine, numerics
+from cifarlab import __version__, distributed, machine, numerics
 from cifarlab.data.augment import Pipeline
 from cifarlab.data.batches import ImageStore
 from cifarlab.data.prepare import Part, Prepared
@@ -90,7 +90,9 @@ def made_on(device: torch.device) -> dict[str, Any]:
     """What rounding depends on, besides the recipe: with all of it the same, so are the bits."""
     versions = {name: importlib.metadata.version(name) for name in ("timm", "torchvision", "numpy")}
     cuda = torch.version.cuda if device.type == "cuda" else None
-    return {**machine.identity(device), "cuda": cuda, "cifarlab": __version__, **versions}
+    found = {**machine.identity(device), "cuda": cuda, "cifarlab": __version__, **versions}
+    size = distributed.place().size
+    return found | {"processes": size} if size > 1 else found
 
 
 def numerics_of(recipe: Recipe, device: torch.device) -> numerics.Numerics:

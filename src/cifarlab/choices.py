@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cifarlab import machine, numerics, remembered
+from cifarlab import distributed, machine, numerics, remembered
 from cifarlab.build import make_task
 from cifarlab.convolutions import fourier_suits
 from cifarlab.data.batches import epoch_order
@@ -65,20 +65,51 @@ def decide(
     `evaluate.batch_size: auto` is a rule, so that logits depend on no clock, not even by their rounding.
     The batch size is found under the numerics that are best for a batch of 128, and the numerics are then those for the
     size. Raises RecipeError where the result is no valid recipe, RunError where not even the smallest batch fits.
+    Several processes do as the first one finds, which measures its share of a batch.
     """
+    processes = distributed.place().size
+    if processes == 1:
+        return _decide(recipe, prepared, device, weights, report)
+
+    def measured() -> tuple[dict[str, Any], Any, Any]:
+        with distributed.alone():
+            found = _decide(recipe, prepared, device, weights, report, processes)
+        return found.recipe.to_dict(), found.numerics, found.batch_sizes
+
+    values, tried, sizes = distributed.from_first(measured)
+    return Decided(make_recipe(values, origin=f"recipe {recipe.name}"), tried, sizes)
+
+
+def _decide(
+    recipe: Recipe,
+    prepared: Prepared,
+    device: torch.device,
+    weights: Weights | None,
+    report: Report,
+    processes: int = 1,
+) -> Decided:
+    """processes: how many will divide a batch among them."""
     recipe = with_evaluation_batch(recipe, prepared, device)
-    if "auto" not in (recipe.train.numerics, recipe.train.batch_size):
+    if processes == 1 and "auto" not in (recipe.train.numerics, recipe.train.batch_size):
         return Decided(recipe, None, None)
-    sizes = None
+    sizes = tried = None
     if recipe.train.batch_size == "auto":
         probe = recipe.with_train(batch_size=max(REFERENCE_BATCH, recipe.train.accumulate))
         probe, _ = _choose_numerics(probe, prepared, device, weights, report)
         found = probe.train.numerics
         if isinstance(found, NumericsChoice):  # each size would be compiled anew
             found = found.model_copy(update={"compile": False})
-        chosen, sizes = _choose_batch_size(recipe.with_train(numerics=found), prepared, device, weights, report)
+        probe = recipe.with_train(numerics=found)
+        chosen, sizes = _choose_batch_size(probe, prepared, device, weights, report, processes)
         recipe = chosen.with_train(numerics=recipe.train.numerics)
-    recipe, tried = _choose_numerics(recipe, prepared, device, weights, report)
+    if recipe.train.numerics == "auto":
+        share = recipe.with_train(batch_size=max(recipe.train.batch // processes, recipe.train.accumulate))
+        share, tried = _choose_numerics(share, prepared, device, weights, report)
+        recipe = recipe.with_train(numerics=share.train.numerics)
+    choice = recipe.train.numerics
+    if processes > 1 and isinstance(choice, NumericsChoice) and (choice.compile or choice.graphs):
+        report("several processes exchange sums within a step, so nothing of it is compiled or captured")
+        recipe = recipe.with_train(numerics=choice.model_copy(update={"compile": False, "graphs": False}))
     machine.give_back_memory(device)
     return Decided(make_recipe(recipe.to_dict(), origin=f"recipe {recipe.name}"), tried, sizes)
 
@@ -180,7 +211,12 @@ class Size:
 
 
 def _choose_batch_size(
-    recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None, report: Report
+    recipe: Recipe,
+    prepared: Prepared,
+    device: torch.device,
+    weights: Weights | None,
+    report: Report,
+    processes: int = 1,
 ) -> tuple[Recipe, list[dict[str, Any]] | None]:
     """The recipe with its batch size decided and its learning rates scaled, and the sizes that were tried now.
 
@@ -188,21 +224,23 @@ def _choose_batch_size(
     STEPS_AT_LEAST steps. The smallest is taken whose images per second are within a twentieth of the best: a larger one
     would only learn less from each image. `optimizer.lr`, which is for a batch of 128, is scaled with the batch for SGD
     (Goyal, arXiv 1706.02677), with its square root for the others (Malladi, arXiv 2205.10287), and not at all for Muon,
-    most of whose steps don't depend on the size of the gradient.
+    most of whose steps don't depend on the size of the gradient. Where several processes divide a batch, sizes are
+    tried in one, and the batch is so many times as large.
     """
     key = _key(recipe, prepared, device) | {
         "numerics": str(recipe.train.numerics),
         "training_images": len(prepared.train),
         "memory": round(math.log2(machine.total_memory(device)), 1),
-        "batch_size": "auto",
+        "batch_size": "auto" if processes == 1 else f"auto of {processes}",
     }
     found = remembered.recall(key)
     if isinstance(found, int) and found >= recipe.train.accumulate:
-        return _with_batch_size(recipe, found, lambda text: report(f"{text} (measured here before)")), None
+        size = found * processes
+        return _with_batch_size(recipe, size, lambda text: report(f"{text} (measured here before)")), None
     tried: list[Size] = []
     size = smallest = max(SMALLEST_BATCH, recipe.train.accumulate)
     held = machine.peak_memory(device) or 0
-    while size == smallest or len(prepared.train) / size >= STEPS_AT_LEAST:
+    while size == smallest or len(prepared.train) / (size * processes) >= STEPS_AT_LEAST:
         rate = _rate_of_size(recipe.with_train(batch_size=size), prepared, device, weights)
         tried.append(Size(size, rate))
         report(f"  batch size {size}: " + (f"{rate:,.0f} images/s" if rate is not None else "memory ran out"))
@@ -225,7 +263,7 @@ def _choose_batch_size(
     chosen = next(one.batch_size for one in tried if (one.rate or 0.0) * GAIN >= best)
     remembered.remember(key, chosen)
     record = [{"batch_size": one.batch_size, "images_per_second": one.rate} for one in tried]
-    return _with_batch_size(recipe, chosen, report), record
+    return _with_batch_size(recipe, chosen * processes, report), record
 
 
 def _with_batch_size(recipe: Recipe, size: int, report: Report) -> Recipe:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifarlab import machine
+from cifarlab import distributed, machine
 from cifarlab.data.augment import Draws, Pipeline
-from cifarlab.data.batches import Batch, ImageStore
+from cifarlab.data.batches import Batch, ImageStore, in_batches
 from cifarlab.features import CacheKey, FrozenStages
 from cifarlab.numerics import Numerics
 from cifarlab.seeds import derive_seed
@@ -91,8 +91,32 @@ def predict(
     tta: with test-time augmentation, logits are the logarithm of the views' mean probabilities; augmented versions are
     drawn from `seed`. remember: a name for these images, which will be asked for again: what frozen stages make
     of them is kept. Leaves every part of the model in the mode it was in. What is returned is on the CPU.
-    Where memory runs out, the batches are halved.
+    Several processes divide the images, and each is given all logits. Where memory runs out, the batches are halved.
     """
+    place = distributed.place()
+    # Whole batches, so that an image's company, and so its logits to the last bit, are those of one process; smaller
+    # ones only where there are too few for all.
+    batch_size = min(batch_size, max(1, math.ceil(len(samples) / place.size)))
+    batches = in_batches(samples, batch_size)
+    dealt = [list(part) for part in np.array_split(np.arange(len(batches)), place.size)]
+    shares = [torch.cat([batches[number] for number in numbers]) if numbers else samples[:0] for numbers in dealt]
+    logits = _in_memory(network, store, shares[place.rank], pipeline, batch_size, tta, seed, remember)
+    logits = distributed.gather_rows(logits, [len(share) for share in shares])
+    labels = store.labels[machine.upload(samples, store.labels.device)].cpu()
+    return Predictions(logits, labels, samples)
+
+
+def _in_memory(
+    network: Classifier,
+    store: ImageStore,
+    samples: Tensor,
+    pipeline: Pipeline,
+    batch_size: int,
+    tta: Tta,
+    seed: int,
+    remember: str | None,
+) -> Tensor:
+    """`_predict`, with smaller batches where memory runs out."""
     while True:
         try:
             return _predict(network, store, samples, pipeline, batch_size, tta, seed, remember)
@@ -114,10 +138,11 @@ def _predict(
     tta: Tta,
     seed: int,
     remember: str | None,
-) -> Predictions:
+) -> Tensor:
+    """Logits (N, K), on the CPU."""
     views = _views(pipeline, tta, seed, len(store))
     key = CacheKey(remember, pipeline.output_size[0], 0) if remember is not None and tta is None else None
-    logits, labels = [], []
+    logits = [torch.empty(0, network.classes)]
     with _evaluating(network.model):
         for batch in store.batches(samples, batch_size):
             outputs: list[Tensor] = []
@@ -129,8 +154,7 @@ def _predict(
                     inputs = network.frozen(make, batch.samples, key, keep=True, images=len(store), rows=len(samples))
                 outputs.append(network.logits(inputs)[:, : network.classes])
             logits.append(outputs[0] if tta is None else _log_mean_probability(outputs, [v.weight for v in views]))
-            labels.append(batch.labels)
-    return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu(), samples)
+    return torch.cat([part.cpu() for part in logits])
 
 
 class _View(NamedTuple):

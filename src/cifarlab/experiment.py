@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cifarlab import __version__, files, machine, metrics, numerics, plots
+from cifarlab import __version__, distributed, files, machine, metrics, numerics, plots
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
 from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
@@ -85,6 +85,7 @@ def run_experiment(
 ) -> RunFolder:
     """Run a resolved recipe (one dataset, one seed) and return its run folder.
 
+    Where several processes train together, each of them calls this, and the first one writes.
     process_started: the `time.time()` that wall and total time count from. Where the run is stopped, train.json says
     so and the test set is left alone. Raises what preparing, training and writing raise; once there is a run folder,
     its train.json then says "failed", or holds the `error` if training had finished.
@@ -94,11 +95,13 @@ def run_experiment(
     recipe = decided.recipe
     with explained(recipe):
         task = _make_task(recipe, prepared, device, weights, report)
-        run = RunFolder.create(runs, recipe, datetime.now())
-        with run.locked():
+        path = distributed.from_first(lambda: str(RunFolder.create(runs, recipe, datetime.now()).path))
+        run = RunFolder(Path(path))
+        with _locked(run):
             report(f"run folder: {run.path}")
             with _ending_said(run, report):
-                run.write_environment(_environment(dataset, prepared, device, task, weights, decided, asked))
+                environment = _environment(dataset, prepared, device, task, weights, decided, asked)
+                distributed.from_first(lambda: run.write_environment(environment))
                 tasks = [task]
                 del task
                 _train(recipe, prepared, weights, tasks, run, display, stop, process_started, report, profile=profile)
@@ -124,17 +127,14 @@ def resume_experiment(
     Raises RunError where another process is at work on it; NotARunError where its recipe, images, classes or split are
     not those that it was begun with; and what running raises. A run that is done is left as it is.
     """
-    run = RunFolder.open(path)
-    with run.locked():
-        if run.done:
+    run = RunFolder(path)
+    with _locked(run):
+        begun = distributed.from_first(lambda: _begun(run, report))
+        if begun is None:
             report(f"{run.path} is finished: there is nothing to go on with")
             return run
-        run.remove_leftovers()
-        recipe, trained = run.recipe(), run.status == "finished"
-        saved = None if trained else run.newest_checkpoint(report)
-        if saved is not None:
-            _refuse_change(run, "recipe", _fields(saved["recipe"], run), _fields(recipe.to_dict(), run))
-        started = _environment_of(run, report)
+        recipe = make_recipe(begun["recipe"], origin=str(run.path / "recipe.yaml"))
+        saved, trained, started = begun["saved"], begun["trained"], begun["started"]
         recipe = _with_possible_numerics(recipe, device, report, "going on")
         with explained(recipe):
             if dataset is None:
@@ -153,7 +153,7 @@ def resume_experiment(
                 process_started -= saved["wall_time"]
                 report(_said_of_bits(saved, task, recipe))
             elif trained:
-                process_started -= run.train_log().get("wall_time") or 0.0
+                process_started -= begun["wall_time"]
                 report(f"{run.path} is trained: what comes after that is done now")
             else:
                 report(f"{run.path} has no checkpoint yet: it begins again")
@@ -161,21 +161,54 @@ def resume_experiment(
                 environment = _environment(dataset, prepared, device, task, weights, decided, recipe.fingerprint())
                 if started:
                     environment = {**started, "resumed": [*started.get("resumed", []), _again(environment, saved)]}
-                run.write_environment(environment)
+                distributed.from_first(lambda: run.write_environment(environment))
                 if not trained:
                     tasks = [task]
                     del task
                     _train(recipe, prepared, weights, tasks, run, display, stop, process_started, report, saved=saved)
                 else:  # what came after training was interrupted; its reason is past
-                    run.write_train_log({name: value for name, value in run.train_log().items() if name != "error"})
+                    distributed.from_first(lambda: _forget_error(run))
                 _finish(run, recipe, prepared, device, process_started)
     return run
+
+
+@contextlib.contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    """The run's lock, held by the first process for all. Raises NotARunError where it is no run."""
+    with contextlib.ExitStack() as stack:
+        distributed.from_first(lambda: stack.enter_context(RunFolder.open(run.path).locked()))
+        yield
+
+
+def _begun(run: RunFolder, report: Report) -> dict[str, Any] | None:
+    """What there is of a run to go on with; None where nothing is left to be done."""
+    if run.done:
+        return None
+    run.remove_leftovers()
+    recipe, trained = run.recipe(), run.status == "finished"
+    saved = None if trained else run.newest_checkpoint(report)
+    if saved is not None:
+        _refuse_change(run, "recipe", _fields(saved["recipe"], run), _fields(recipe.to_dict(), run))
+    return {
+        "recipe": recipe.to_dict(),
+        "trained": trained,
+        "saved": saved,
+        "started": _environment_of(run, report),
+        "wall_time": (run.train_log().get("wall_time") or 0.0) if trained else 0.0,
+    }
+
+
+def _forget_error(run: RunFolder) -> None:
+    run.write_train_log({name: value for name, value in run.train_log().items() if name != "error"})
 
 
 def _make_task(
     recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None, report: Report
 ) -> Task:
     task = make_task(recipe, prepared, device, weights, report)
+    # They are the same already, but for what different processors round differently.
+    for network in (task.network, *([task.average.network] if task.average is not None else [])):
+        distributed.copy_from_first(list(network.model.state_dict().values()))
     if recipe.caches and task.network.frozen is None:
         report(f"the frozen stages of '{recipe.model.name}' can't be run apart: they are computed at every step")
     if task.network.numerics.compiled and task.network.compiled is None:
@@ -221,14 +254,20 @@ def _train(
         # Not in the `except`: the exception holds the frames that hold the memory.
         tasks.clear()
         machine.give_back_memory(device)
-        saved = run.newest_checkpoint(report)
-        if saved is None:
-            files.remove(run.path / "best.pth")  # of epochs that come anew
+        saved = distributed.from_first(partial(_go_back, run, report))
         step = saved["step"] if saved is not None else 0
         setbacks.append({"from_step": step, "reason": reason})
         factor = SETBACK ** len(setbacks)
         report(f"{reason}: going on from step {step} with {factor:g} of the learning rates")
-        tasks.append(make_task(recipe, prepared, device, weights, report))
+        tasks.append(_make_task(recipe, prepared, device, weights, report))
+
+
+def _go_back(run: RunFolder, report: Report) -> dict[str, Any] | None:
+    """The newest checkpoint; where there is none, nothing is left of what came after the beginning."""
+    saved = run.newest_checkpoint(report)
+    if saved is None:
+        files.remove(run.path / "best.pth")  # of epochs that come anew
+    return saved
 
 
 @contextlib.contextmanager
@@ -237,22 +276,29 @@ def _ending_said(run: RunFolder, report: Report) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        mark(run, "stopped", None)
+        if distributed.is_first():
+            mark(run, "stopped", None)
         report(f"interrupted; the run so far is in {run.path}")
         raise
     except Exception as error:
-        mark(run, "failed", " ".join(str(error).split()))
+        if distributed.is_first():
+            mark(run, "failed", " ".join(str(error).split()))
         raise
 
 
 def _finish(run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.device, process_started: float) -> None:
     """What comes after training: pictures and, where that has come to its end, the one look at the test set."""
+    if distributed.from_first(lambda: _drawn(run)) and recipe.evaluate.test:
+        _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
+
+
+def _drawn(run: RunFolder) -> bool:
+    """Draws the curves. Returns whether the test set is to be looked at, if the recipe wants that."""
     log = run.train_log()
     best = log["best_epoch"], log["best_weights"]
     plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
     plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
-    if log["status"] == "finished" and recipe.evaluate.test and not run.scored:
-        _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
+    return log["status"] == "finished" and not run.scored
 
 
 def _environment_of(run: RunFolder, report: Report) -> dict[str, Any]:
@@ -310,7 +356,9 @@ def _said_of_bits(saved: dict[str, Any], task: Task, recipe: Recipe) -> str:
     """What may be claimed of a run that goes on, by what decides rounding."""
     step, before, now = saved["step"], saved["made_on"], task.description["made_on"]
     changed = [
-        f"{name} was {before.get(name)}, is {now[name]}" for name in sorted(now) if before.get(name) != now[name]
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name)
     ]
     if saved["recipe"]["train"]["numerics"] != recipe.to_dict()["train"]["numerics"]:
         changed.append("numerics")
@@ -336,11 +384,26 @@ def get_ready(
 ) -> tuple[Prepared, Weights | None, Decided]:
     """What training a resolved recipe takes: data, pretrained weights, and what was left to the machine decided."""
     with explained(recipe):
+        _check_processes(recipe)
         prepared = prepare(dataset, recipe.data, recipe.seed)
+        same = {"recipe": recipe.fingerprint(), "cifarlab": __version__, "torch": str(torch.__version__)}
+        found = {name: prepared.record[name] for name in ("content_hash", "index_hashes")}
+        distributed.check_same("recipe, version or dataset", same | flatten(found))
         for finding in _findings(prepared):
             report(finding)
         weights = find_weights(recipe.model, report)
         return prepared, weights, decide(recipe, prepared, device, weights, report)
+
+
+def _check_processes(recipe: Recipe) -> None:
+    """Raises RecipeError where the parts of a batch are too small to be divided among the processes."""
+    size, train = distributed.place().size, recipe.train
+    if size > 1 and train.batch_size != "auto" and train.batch_size // train.accumulate < 2 * size:
+        raise RecipeError(
+            f"train.batch_size ({train.batch_size}) in train.accumulate ({train.accumulate}) parts is too little for "
+            f"{size} processes, each of which computes two images of a part or more; raise the first, lower the other, "
+            "or start fewer"
+        )
 
 
 @contextlib.contextmanager
@@ -394,18 +457,11 @@ def score_run(
     Raises NotARunError where the run is not finished (its best checkpoint is not final) or damaged, or the dataset is
     not the one that it was trained on.
     """
-    run = RunFolder.open(path)
-    recipe, status = run.recipe(), run.train_log().get("status")
-    asked = make_recipe(recipe.to_dict(), override, origin=f"recipe {recipe.name}").evaluate.tta
-    if status != "finished":
-        raise NotARunError(
-            f"{run.path} is not finished (its status is {status!r}), so its best checkpoint is not final; "
-            "the test set is scored on finished runs only"
-        )
-    data = run.environment().get("data")
-    if not isinstance(data, dict):
-        raise NotARunError(f"{run.path / 'environment.json'} is damaged: it has no 'data'")
-    data_folder = _folder_of(run.environment(), data_folder)
+    run = RunFolder(path)
+    values, data = distributed.from_first(lambda: _scorable(path))
+    recipe = make_recipe(values, origin=str(run.path / "recipe.yaml"))
+    asked = make_recipe(values, override, origin=f"recipe {recipe.name}").evaluate.tta
+    data_folder = _folder_of({"data": data}, data_folder)
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice):
         # Nothing is compiled or captured in evaluation.
@@ -424,6 +480,21 @@ def score_run(
         return _score(run, recipe, prepared, device, process_started=None, tta=asked)
 
 
+def _scorable(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe of a finished run, and what its environment.json says of its data."""
+    run = RunFolder.open(path)
+    recipe, status = run.recipe(), run.train_log().get("status")
+    if status != "finished":
+        raise NotARunError(
+            f"{run.path} is not finished (its status is {status!r}), so its best checkpoint is not final; "
+            "the test set is scored on finished runs only"
+        )
+    data = run.environment().get("data")
+    if not isinstance(data, dict):
+        raise NotARunError(f"{run.path / 'environment.json'} is damaged: it has no 'data'")
+    return recipe.to_dict(), data
+
+
 def _score(
     run: RunFolder,
     recipe: Recipe,
@@ -437,8 +508,9 @@ def _score(
     process_started: the `time.time()` that `total_time` counts from; None for a later look, which keeps the first's.
     tta: test-time augmentation; where it is not the run's, what it is worth on validation is found out first.
     """
-    state = run.load_checkpoint("best.pth")
-    before = run.test_log() or {}
+    state, before, recorded = distributed.from_first(
+        lambda: (run.load_checkpoint("best.pth"), run.test_log() or {}, _recorded_tta(run))
+    )
     looks = before.get("test_looks", 0)
     store = make_store(prepared.test, recipe, device)
     numbers = numerics_of(recipe, device)
@@ -462,7 +534,7 @@ def _score(
     def look_again(images: ImageStore, plain: Predictions, mode: Tta) -> Predictions:
         return with_tta(plain, mode, recipe.evaluate.tta_below, partial(look, images))
 
-    chosen = _recorded_tta(run) if tta == recipe.evaluate.tta else None
+    chosen = recorded if tta == recipe.evaluate.tta else None
     if chosen is None and tta is not None:
         if (part := prepared.validation) is not None:
             images = store if part.images is prepared.test.images else make_store(part, recipe, device)
@@ -502,15 +574,19 @@ def _score(
         }
         if process_started is not None:
             log["total_time"] = time.time() - process_started
+    distributed.from_first(lambda: _keep_scores(run, recipe, log, arrays))
+    return log
+
+
+def _keep_scores(run: RunFolder, recipe: Recipe, log: dict[str, Any], arrays: dict[str, Any]) -> None:
     run.write_test_log(log)  # first: once the figures are known, the look must be counted
     run.write_predictions("predictions.npz", **arrays)
     plots.confusion_matrix(
         run.path / "confusion_matrix.png",
         log["confusion_matrix"],
-        list(prepared.classes),
+        log["classes"],
         title=f"{recipe.name} on {recipe.datasets[0]}: test accuracy {log['accuracy']:.2%}",
     )
-    return log
 
 
 def _recorded_tta(run: RunFolder) -> dict[str, Any] | None:
@@ -578,6 +654,7 @@ def _environment(
             "host": socket.gethostname(),
             "began": now(),
         },
+        "processes": distributed.everyones({"host": socket.gethostname(), "device": str(device)}),
         "data": {
             **prepared.record,
             "folder": str(dataset.folder) if dataset.folder is not None else None,

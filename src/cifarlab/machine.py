@@ -35,6 +35,12 @@ _SPINS = 10_000
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20
 
 
+def processes_here() -> int:
+    """How many processes on this machine train together, by what torchrun says; 1 without."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(count) if "TORCHELASTIC_RUN_ID" in os.environ and count.isdecimal() else 1
+
+
 def process_age() -> float:
     """Seconds since this process started, imports included."""
     if sys.platform == "linux":
@@ -55,8 +61,9 @@ def prepare(*, without: Collection[str] = ()) -> dict[str, bool]:
     assert set(without) <= set(SETTINGS), without
     if not _prepared:
         kept = "memory_kept" not in without and keep_memory()
-        asked = kept and "huge_pages" not in without and ask_for_huge_pages(available_memory() // 2)
-        with _openmp(pin="threads_pinned" not in without, bound="waits_bounded" not in without) as (pinned, bounded):
+        asked = kept and "huge_pages" not in without and ask_for_huge_pages(_huge_pages())
+        pin = "threads_pinned" not in without and processes_here() == 1  # else all would sit on the same cores
+        with _openmp(pin=pin, bound="waits_bounded" not in without) as (pinned, bounded):
             import torch
 
             # Threads inherit this from the one that starts them: all do the same arithmetic only if it comes first.
@@ -143,6 +150,11 @@ def ask_for_huge_pages(size: int) -> bool:
     return asked
 
 
+def _huge_pages() -> int:
+    """Bytes of addresses to ask for."""
+    return available_memory() // (2 * processes_here())
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one; `cuda:1` the second. Raises UsageError for an unknown or absent device."""
     import torch
@@ -221,7 +233,7 @@ def give_back_memory(device: torch.device) -> None:
     if device.type == "cpu" and _prepared.get("memory_kept"):
         ctypes.CDLL(None).malloc_trim(0)
         if _prepared.get("huge_pages"):
-            ask_for_huge_pages(available_memory() // 2)
+            ask_for_huge_pages(_huge_pages())
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -229,12 +241,12 @@ def give_back_memory(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation may take on the device."""
+    """Bytes that a new allocation may take on the device; main memory is shared with others that train along."""
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory()
+    return available_memory() // processes_here()
 
 
 def available_memory() -> int:

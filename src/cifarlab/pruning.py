@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifarlab import machine
+from cifarlab import distributed, machine
 from cifarlab.recipe_sections import Prune
 from cifarlab.seeds import derive_seed
 
@@ -34,6 +34,8 @@ class Pruning:
     def __init__(self, section: Prune, seed: int, images: int, device: torch.device) -> None:
         self._section, self._seed = section, seed
         self._losses = torch.full((images,), torch.nan, device=device)
+        # Which of them are of this process, and not known to others yet.
+        self._fresh = torch.zeros(images, dtype=torch.bool, device=device)
         self._weights: Tensor | None = None  # of the epoch; 0 for what is left out
         self._epoch = -1
         self._restored = False
@@ -53,6 +55,7 @@ class Pruning:
         self._weights, self._epoch = None, epoch
         if share >= self._section.until:
             return None
+        self._share()
         losses = self._losses[machine.upload(order, self._losses.device)]
         easy = (losses < losses.nanmean()).cpu()  # false where either is NaN
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "prune", epoch))
@@ -69,10 +72,24 @@ class Pruning:
     def record(self, samples: Tensor, logits: Tensor, labels: Tensor, label_smoothing: float) -> None:
         """Keep the losses of a batch: logits (B, K) of the images at `samples` (int64 (B,), on the CPU)."""
         losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
-        self._losses[machine.upload(samples, self._losses.device)] = losses.to(self._losses.dtype)
+        places = machine.upload(samples, self._losses.device)
+        self._losses[places] = losses.to(self._losses.dtype)
+        self._fresh[places] = True
+
+    def _share(self) -> None:
+        """Have the losses that the other processes have recorded; to be called in each."""
+        if distributed.place().size == 1:
+            return
+        recorded = self._fresh.to(self._losses.dtype)
+        losses = torch.where(self._fresh, self._losses, 0)
+        distributed.sum_in_place([losses, recorded])
+        self._losses = torch.where(recorded > 0, losses / recorded, self._losses)
+        self._fresh.zero_()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in the middle of an epoch too: all losses, and the weights that the epoch has."""
+        """What a checkpoint keeps, in the middle of an epoch too: all losses, and the weights that the epoch has. To be
+        called in each process."""
+        self._share()
         return {"losses": self._losses, "weights": self._weights, "epoch": self._epoch}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -314,6 +314,11 @@ class Train(Section):
         description="resize images to this side; [[0, 64], [0.3, 96]]: to 64, from 30 % of the run on to 96; null: as "
         "they are",
     )
+    sync_batchnorm: Boolean = Field(
+        True,
+        description="where several processes train together: BatchNorm normalises by all images of a batch, as in one "
+        "process; false: each process by its own, and running statistics are their means",
+    )
     prune: Prune | None = Field(
         None,
         description="leave out images that are learned already, as InfoBatch does; batches are smaller by them: "

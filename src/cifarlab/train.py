@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifarlab import files, machine
+from cifarlab import distributed, files, machine
 from cifarlab.background import Writer
+from cifarlab.batchnorm import SyncBatchNorm, running_statistics
 from cifarlab.board import Board
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
-from cifarlab.data.mixing import mix
+from cifarlab.data.mixing import MixingDraws, draw_mixing, mix, mix_pairs
 from cifarlab.download import Report
 from cifarlab.errors import DivergedError, NotARunError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
@@ -36,7 +37,7 @@ from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
 from cifarlab.optim import ByGroups, build_optimizer, set_learning_rate
-from cifarlab.pruning import Pruning
+from cifarlab.pruning import Pruned, Pruning
 from cifarlab.recipe import Recipe
 from cifarlab.recipe_schedule import OneCycleSchedule
 from cifarlab.rundir import RunFolder, serialized
@@ -89,13 +90,28 @@ class Task:
     description: dict[str, Any]
 
 
+class Whole(NamedTuple):
+    """The batch of all processes, where the rows at hand are this one's share of it.
+
+    images: how many it has. weight: what it counts for in a mean. parts: how many of the rows at hand each part has
+    that it is computed in; None: it was too small to be divided, and all processes compute all of it. counts: whether
+    what this process makes of it counts, as of such a batch it does in the first one only.
+    """
+
+    images: int
+    weight: Tensor | int
+    parts: tuple[int, ...] | None
+    counts: bool
+
+
 class TrainingBatch(NamedTuple):
     """inputs: what the part of the network that trains takes, float32 (B, …). labels: int64 (B,).
 
     partners: int64 (B,), the labels of the images mixed in, and share: float32 (B,), the weight of the own label; None
     where nothing is mixed. computed: shape of the images that frozen stages ran on to make the inputs, (B, 3, H, W);
     None where nothing is frozen apart, or all was recalled. samples: int64 (B,), on the CPU; None without
-    `train.prune`. weights: float32 (B,), what an image counts for; None where each counts as one.
+    `train.prune`. weights: float32 (B,), what an image counts for; None where each counts as one. whole: what the rows
+    are a share of, where several processes train together.
     """
 
     inputs: Tensor
@@ -105,11 +121,17 @@ class TrainingBatch(NamedTuple):
     computed: torch.Size | None = None
     samples: Tensor | None = None
     weights: Tensor | None = None
+    whole: Whole | None = None
+
+    @property
+    def images(self) -> int:
+        """How many images the step is on, in all processes."""
+        return self.whole.images if self.whole is not None else len(self.labels)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the loop is; loss and accuracy are those of the epoch so far."""
+    """Where the loop is; loss and accuracy are those of the epoch so far, the latter in the first process."""
 
     step: int
     total_steps: int
@@ -159,7 +181,8 @@ class EpochSums:
     """Loss, correct answers and images of the epoch so far, added up on the device so that no step waits for it.
 
     The loss is weighted as in training: a batch counts by its images, or by the sum of their class weights. Where
-    images are pruned, each counts for those that it stands for, in both.
+    images are pruned, each counts for those that it stands for, in both. Where several processes train together, each
+    knows the loss of all, and adds up its own answers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -172,37 +195,51 @@ class EpochSums:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, step: int, loss: Tensor, logits: Tensor, batch: TrainingBatch, class_weights: Tensor | None) -> None:
-        """loss: the batch's (weighted) mean; logits (B, K). A mixed image's label is the one with more weight."""
+        """loss: the whole batch's (weighted) mean; logits (B, K). A mixed image's label is the one with more weight."""
         loss = loss.detach()
         labels = batch.labels
         if batch.partners is not None and batch.share is not None:
             labels = torch.where(batch.share >= 0.5, labels, batch.partners)
-        self.loss += loss * total_weight(batch, class_weights)
-        self.weight += total_weight(batch, class_weights)
-        correct = logits.detach().argmax(1) == labels
-        self.correct += (correct if batch.weights is None else correct * batch.weights).sum()
-        self.answers += total_weight(batch, None)
-        self.images += len(labels)
+        weight = batch.whole.weight if batch.whole is not None else total_weight(batch, class_weights)
+        self.loss += loss * weight
+        self.weight += weight
+        if batch.whole is None or batch.whole.counts:
+            correct = logits.detach().argmax(1) == labels
+            self.correct += (correct if batch.weights is None else correct * batch.weights).sum()
+            self.answers += total_weight(batch, None)
+        self.images += batch.images
         self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step)
 
     def means(self) -> tuple[float, float]:
-        """Loss and accuracy. Waits for the device."""
-        return self.loss.item() / self.weight.item(), self.correct.item() / self.answers.item()
+        """Loss, and accuracy in this process. Waits for the device."""
+        return self.loss.item() / self.weight.item(), self.correct.item() / max(self.answers.item(), 1e-9)
+
+    def of_all(self) -> EpochSums:
+        """The same with all processes' answers; to be called in each. Itself where there is one."""
+        if distributed.place().size == 1:
+            return self
+        whole = copy.deepcopy(self)
+        distributed.sum_in_place([whole.correct, whole.answers])
+        return whole
 
     def state(self) -> dict[str, float | int]:
-        """What a checkpoint in the middle of an epoch keeps."""
+        """What a checkpoint in the middle of an epoch keeps, of all processes; to be called in each."""
+        whole = self.of_all()
         return {
-            "loss": self.loss.item(),
-            "weight": self.weight.item(),
-            "correct": self.correct.item(),
-            "answers": self.answers.item(),
-            "images": self.images,
+            "loss": whole.loss.item(),
+            "weight": whole.weight.item(),
+            "correct": whole.correct.item(),
+            "answers": whole.answers.item(),
+            "images": whole.images,
         }
 
     def load_state(self, state: dict[str, float | int]) -> None:
         """Go on from a `state`."""
         for name in ("loss", "weight", "correct", "answers"):
             getattr(self, name).fill_(state[name])
+        if not distributed.is_first():  # they stand for all
+            self.correct.zero_()
+            self.answers.zero_()
         self.images = int(state["images"])
 
 
@@ -272,12 +309,13 @@ def train(
         _restore(saved, task, take_step, pruning, run)
         step = saved_step = saved["step"]
         images, epochs, started = saved["images"], list(saved["epochs"]), saved["started"]
-        flops = TrainingFlops(network, saved["flops"])
+        before = saved["flops"]  # of all processes
+        flops = TrainingFlops(network, before if before is None or distributed.is_first() else 0)
         sums.load_state(saved["sums"])
         clock = Stopwatch(task.device, saved["train_time"])
         saved_at, epoch_began = saved["train_time"], saved["epoch_began"]
         same = len(setbacks) == len(saved["setbacks"]) and saved["made_on"] == task.description["made_on"]
-        best = _best_so_far(saved, task, run, display.report, same=same)
+        best = distributed.from_first(partial(_best_so_far, saved, task, run, display.report, same=same))
     first_step = step
     machine.reset_peak_memory(task.device)
     log: dict[str, Any] = {
@@ -308,7 +346,7 @@ def train(
         log["wall_time"] = max(clock.seconds, time.time() - process_started)  # a clock may be set back
         log["images_per_second"] = images / clock.seconds if clock.seconds else None
         # Counting takes a moment, and has no place among the steps that a profile looks at.
-        log["flops"] = done = flops.total() if status != "running" else None
+        log["flops"] = done = _of_all(flops) if status != "running" else None
         log["flops_per_second"] = done / clock.seconds if done is not None and clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
         log["frozen_stages"] = network.frozen.record() if network.frozen is not None else None
@@ -318,8 +356,10 @@ def train(
         # A gradient can overflow while the loss it came from is finite.
         if not all(torch.isfinite(value).all() for value in module.state_dict().values()):
             raise DivergedError(_diverged(f"the weights became NaN or infinite by step {step}", run))
+        if not distributed.is_first():
+            return
         whole = serialized({**task.description, "step": step, "model": module.state_dict(), **state})
-        writer.do(partial(run.save_checkpoint, name, whole))
+        on_disk(partial(run.save_checkpoint, name, whole))
 
     def save_to_go_on(name: str) -> None:
         nonlocal saved_step, saved_at
@@ -341,14 +381,19 @@ def train(
             epoch_began=epoch_began,
             sums=sums.state(),
             images=images,
-            flops=flops.total(),
+            flops=_of_all(flops),
             accumulate=take_step.accumulate,
             pruning=pruning.state() if pruning is not None else None,
             frozen=network.frozen.record() if network.frozen is not None else None,
         )
-        writer.do(partial(run.keep_latest, section.keep))
+        on_disk(partial(run.keep_latest, section.keep))
+
+    def on_disk(work: Callable[[], object]) -> None:
+        if distributed.is_first():
+            writer.do(work)
 
     board = Board(run.path)
+    votes = distributed.Votes()
     freeze_backbone(model, stages, frozen=step < thaw_step)
     set_mode(model, stages, backbone=step < thaw_step)
     if saved is not None and network.frozen is not None and saved["frozen"] is not None:
@@ -358,17 +403,17 @@ def train(
     with (
         Writer() as writer,
         stop.listen(),
-        _profiler(run, task.device, profile, display) as profiled,
+        _profiler(run, task.device, profile and distributed.is_first(), display) as profiled,
     ):
-        writer.do(partial(board.begin, [(e, min(e["epoch"] * steps_per_epoch, total_steps)) for e in epochs]))
-        writer.do(partial(run.write_train_log, log_so_far("running")))
-        writer.do(partial(run.keep_latest, section.keep))  # a kill may have come before that
+        on_disk(partial(board.begin, [(e, min(e["epoch"] * steps_per_epoch, total_steps)) for e in epochs]))
+        on_disk(partial(run.write_train_log, log_so_far("running")))
+        on_disk(partial(run.keep_latest, section.keep))  # a kill may have come before that
         while True:
             # Evaluate, at the end of an epoch and of the run.
             if sums.images and (step % steps_per_epoch == 0 or step == total_steps):
                 clock.stop()
                 _refuse_bad_loss(sums, steps_per_epoch, run)
-                train_loss, train_accuracy = sums.means()
+                train_loss, train_accuracy = sums.of_all().means()
                 val_loss, val_accuracy = _validate(network, task, recipe)
                 ema_val_loss, ema_val_accuracy = _validate(average.network if average else None, task, recipe)
                 entry = {
@@ -387,14 +432,16 @@ def train(
                 if candidate is not None and (task.validation is None or _is_better(candidate, best)):
                     best = candidate
                     save("best.pth", average.network.model if average and best["weights"] == "ema" else model, **best)
-                writer.do(partial(board.add, entry, step))
-                writer.do(partial(run.write_train_log, log_so_far("running")))
+                on_disk(partial(board.add, entry, step))
+                on_disk(partial(run.write_train_log, log_so_far("running")))
                 display.epoch(entry, section.epochs)
                 epoch_began = clock.seconds
                 sums = EpochSums(task.device)
 
             # Save.
-            name = _checkpoint_due(recipe, step, saved_step, clock.seconds - saved_at, total_steps, steps_per_epoch)
+            late = _is_late(recipe, clock.seconds - saved_at)
+            signal, late = votes.cast(stop.signal, late)
+            name = _checkpoint_due(recipe, step, saved_step, total_steps, steps_per_epoch, late=late)
             if name:
                 save_to_go_on(name)
             if step == total_steps:
@@ -402,11 +449,13 @@ def train(
             if best and section.early_stopping and len(epochs) - best["epoch"] >= section.early_stopping:
                 log["stopped_early"] = True
                 break
-            if stop.signal is not None:
+            if signal is not None:
+                stop.signal = signal
                 if step > saved_step:
                     save_to_go_on(f"step-{step}.pth")
                 clock.stop()
-                writer.do(partial(run.write_train_log, log_so_far("stopped")))
+                on_disk(partial(run.write_train_log, log_so_far("stopped")))
+                votes.result()
                 return
 
             # Step.
@@ -446,7 +495,7 @@ def train(
                 _refuse_bad_loss(sums, steps_per_epoch, run)
             if pruning is not None and batch.samples is not None:
                 pruning.record(batch.samples, logits, batch.labels, recipe.loss.label_smoothing)
-            images += len(batch.labels)
+            images += batch.images
             flops.add(batch.inputs.shape, batch.computed)
             profiled()
 
@@ -466,6 +515,7 @@ def train(
                         seconds_left=(time.perf_counter() - began) / (step - first_step) * (total_steps - step),
                     )
                 )
+    votes.result()
 
     if best is None and saved is not None and saved["best"] is not None:
         raise NotARunError(
@@ -473,11 +523,12 @@ def train(
         )
     if best is None:
         raise DivergedError(f"the validation loss was never finite, in {run.path}; try a lower optimizer.lr")
-    model.load_state_dict(run.load_checkpoint("best.pth")["model"])
+    model.load_state_dict(distributed.from_first(lambda: run.load_checkpoint("best.pth")["model"]))
     if task.validation is not None and task.train_sample is not None:
         validation = validate(network, task, recipe)
         sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch)
-        run.write_predictions("validation_predictions.npz", **validation.arrays())
+        if distributed.is_first():
+            run.write_predictions("validation_predictions.npz", **validation.arrays())
         log["overfitting_gap"] = sample.accuracy() - validation.accuracy()
         if recipe.evaluate.tta is not None:
             log["tta"] = choose_tta(
@@ -490,7 +541,15 @@ def train(
                     lambda samples, mode: validate(network, task, recipe, samples, mode),
                 ),
             )
-    run.write_train_log(log_so_far("finished"))
+    whole_log = log_so_far("finished")
+    if distributed.is_first():
+        run.write_train_log(whole_log)
+
+
+def _of_all(flops: TrainingFlops) -> int | None:
+    """Those of all processes; to be called in each."""
+    counts = distributed.everyones(flops.total())
+    return None if None in counts else sum(counts)
 
 
 def _restore(
@@ -582,22 +641,95 @@ def make_batches(
         epoch, done = divmod(step, steps_per_epoch)
         order = epoch_order(task.train, recipe.seed, epoch)
         pruned = pruning.epoch(order, epoch, steps=steps_per_epoch, share=step / total_steps) if pruning else None
-        parts = in_batches(order, recipe.train.batch) if pruned is None else pruned.batches
+        whole = in_batches(order, recipe.train.batch) if pruned is None else pruned.batches
+        dealt = [deal(recipe, task, samples, number) for number, samples in enumerate(whole[done:], step)]
+        parts = [share.wanted for share in dealt]
         draws = task.pipeline.draw(recipe.seed, epoch, len(task.store))
-        groups = _augmented_together(task, parts[done:], step, total_steps)
-        for group, whole in zip(groups, task.store.in_parts([torch.cat(group) for group in groups]), strict=True):
+        groups = _augmented_together(task, parts, step, total_steps)
+        of_step = iter(dealt)
+        for group, together in zip(groups, task.store.in_parts([torch.cat(group) for group in groups]), strict=True):
             pixels: Sequence[Tensor | None] = [None]
             if len(group) > 1:
                 pipeline = _pipeline_at(task, step, total_steps)
-                images = pipeline.train(whole.pixels, whole.samples, draws)
+                images = pipeline.train(together.pixels, together.samples, draws)
                 pixels = torch.split(images, [len(part) for part in group])
-            for found, augmented in zip(_apart(whole, group), pixels, strict=True):
-                batch = make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch, augmented)
+            for found, augmented in zip(_apart(together, group), pixels, strict=True):
+                share = next(of_step)
+                batch = make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch, augmented, share)
                 if pruning is not None:
-                    weights = machine.upload(pruned.weights[found.samples], task.device) if pruned else None
-                    batch = batch._replace(samples=found.samples, weights=weights)
+                    own = found.samples[: len(batch.labels)]
+                    weights = machine.upload(pruned.weights[own], task.device) if pruned else None
+                    batch = batch._replace(samples=own, weights=weights)
+                if distributed.place().size > 1:
+                    size = _pipeline_at(task, step, total_steps).output_size
+                    batch = batch._replace(whole=_whole(recipe, task, share, size, step, pruned))
                 yield batch
                 step += 1
+
+
+class Dealt(NamedTuple):
+    """What a process is to do of a batch. samples: all of it, int64 (B,). wanted: the samples whose images it takes.
+
+    rows: int64 (b,), its places in the batch, and parts: how many of them are in each part that the batch is computed
+    in; None: all of it. Where images are mixed, the partners of its rows are wanted too, after them.
+    """
+
+    samples: Tensor
+    wanted: Tensor
+    rows: Tensor | None = None
+    parts: tuple[int, ...] | None = None
+
+
+def deal(recipe: Recipe, task: Task, samples: Tensor, step: int) -> Dealt:
+    """This process's share of a batch, int64 (B,), such that all have about the same, and each part of it is whole.
+
+    Which ones doesn't matter to what is computed. Where frozen stages are cached, an image always comes to the same
+    process, which remembers it. A batch of which somebody would have less than two images of a part (BatchNorm takes no
+    single one) is everybody's.
+    """
+    place = distributed.place()
+    if place.size == 1:
+        return Dealt(samples, samples)
+    rows: list[Tensor] = []
+    for part in in_batches(torch.arange(len(samples)), _part_size(recipe, recipe.train.accumulate)):
+        if task.network.frozen is not None:
+            owners = samples[part] % place.size
+            shares = [part[owners == rank] for rank in range(place.size)]
+        else:
+            shares = list(torch.tensor_split(part, place.size))
+        if min(map(len, shares)) < 2:
+            return Dealt(samples, samples)
+        rows.append(shares[place.rank])
+    wanted = own = torch.cat(rows)
+    if recipe.loss.mixup or recipe.loss.cutmix:
+        wanted = torch.cat([own, _mixing(recipe, len(samples), (1, 1), step).order[own]])
+    return Dealt(samples, samples[wanted], own, tuple(map(len, rows)))
+
+
+def _owned(task: Task) -> int:
+    """How many of the training images come to this process, where each always comes to the same."""
+    place = distributed.place()
+    return len(task.train) if place.size == 1 else int((task.train % place.size == place.rank).sum())
+
+
+def _mixing(recipe: Recipe, count: int, size: tuple[int, int], step: int) -> MixingDraws:
+    section = recipe.loss
+    return draw_mixing(count, size, mixup=section.mixup, cutmix=section.cutmix, seed=recipe.seed, step=step)
+
+
+def _whole(recipe: Recipe, task: Task, share: Dealt, size: tuple[int, int], step: int, pruned: Pruned | None) -> Whole:
+    """What the batch that a share is of counts for: known without asking, as each process has all labels."""
+    counts = distributed.is_first() or share.rows is not None
+    if task.class_weights is None and pruned is None:
+        return Whole(len(share.samples), len(share.samples), share.parts, counts)
+    labels = task.store.labels[machine.upload(share.samples, task.device)]
+    weights = machine.upload(pruned.weights[share.samples], task.device) if pruned is not None else None
+    batch = TrainingBatch(labels, labels, weights=weights)
+    if task.class_weights is not None and (recipe.loss.mixup or recipe.loss.cutmix):
+        drawn = _mixing(recipe, len(labels), size, step)
+        order, own = (machine.upload(values, task.device) for values in (drawn.order, drawn.share))
+        batch = batch._replace(partners=labels[order], share=own)
+    return Whole(len(labels), total_weight(batch, task.class_weights), share.parts, counts)
 
 
 def _pipeline_at(task: Task, step: int, total_steps: int) -> Pipeline:
@@ -640,30 +772,39 @@ def make_batch(
     total_steps: int,
     steps_per_epoch: int,
     augmented: Tensor | None = None,
+    share: Dealt | None = None,
 ) -> TrainingBatch:
     """What a step trains on, of the images that it found. draws: those of the step's epoch. augmented: those images, if
-    that is done already."""
+    that is done already. share: which of a batch's they are; None: all."""
     pipeline = _pipeline_at(task, step, total_steps)
     if (frozen := task.network.frozen) is not None:
         cycle = recipe.augment.cycle
         assert cycle is not None  # else nothing comes again, and frozen stages are not apart
         again = step + cycle * steps_per_epoch
         computed_before = frozen.computed
+        undivided = share is not None and share.rows is None and distributed.place().size > 1
         inputs = frozen(
             partial(pipeline.train, found.pixels, found.samples, draws),
             found.samples,
             CacheKey("train", pipeline.output_size[0], step // steps_per_epoch % cycle),
-            keep=again < total_steps and _pipeline_at(task, again, total_steps) is pipeline,
+            keep=again < total_steps and _pipeline_at(task, again, total_steps) is pipeline and not undivided,
             images=len(task.store),
-            rows=len(task.train),
+            rows=_owned(task),
         )
         computed = torch.Size((len(found.labels), 3, *pipeline.output_size))
         return TrainingBatch(inputs, found.labels, computed=computed if frozen.computed > computed_before else None)
     pixels = augmented if augmented is not None else pipeline.train(found.pixels, found.samples, draws)
     if not (recipe.loss.mixup or recipe.loss.cutmix):
         return TrainingBatch(pixels, found.labels)
-    mixed = mix(pixels, found.labels, mixup=recipe.loss.mixup, cutmix=recipe.loss.cutmix, seed=recipe.seed, step=step)
-    return TrainingBatch(mixed.pixels, found.labels, mixed.partners, mixed.share)
+    labels = found.labels
+    if share is None or share.rows is None:
+        loss = recipe.loss
+        mixed = mix(pixels, labels, mixup=loss.mixup, cutmix=loss.cutmix, seed=recipe.seed, step=step)
+    else:
+        (pixels, others), (labels, partners) = pixels.chunk(2), labels.chunk(2)
+        drawn = _mixing(recipe, len(share.samples), pipeline.output_size, step)
+        mixed = mix_pairs(pixels, others, partners, drawn.of(share.rows))
+    return TrainingBatch(mixed.pixels, labels, mixed.partners, mixed.share)
 
 
 def make_scaler(task: Task) -> torch.amp.GradScaler | None:
@@ -735,6 +876,7 @@ class TrainingStep:
         result = self.set_gradients(batch, step)
         if self.accumulate > parts:
             self._report(f"memory ran out: from here on a batch is computed in {self.accumulate} parts")
+        self._exchange(result[0])
         # On other devices a look would be a wait; there, the steps since the last one are lost with this one.
         if result[0].device.type != "cpu" or math.isfinite(result[0].item()):
             self._apply()
@@ -744,6 +886,18 @@ class TrainingStep:
         """The first half of a step. Loss and logits."""
         self.optimizer.zero_grad(set_to_none=True)
         return self._backward(batch, step)
+
+    def _exchange(self, loss: Tensor) -> None:
+        """Make of each process's gradients and loss, which are shares of the whole batch's, those of the whole."""
+        size = distributed.place().size
+        if size == 1:
+            return
+        model = self._task.network.model
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        statistics = [] if self._recipe.train.sync_batchnorm else running_statistics(model)
+        for statistic in statistics:  # to be those of all: their mean
+            statistic /= size
+        distributed.sum_in_place([*gradients, loss, *statistics])
 
     def _apply(self) -> None:
         apply_gradients(self._recipe, self._task.network.model, self.optimizer, self.scaler)
@@ -779,13 +933,15 @@ class Backward:
         model, shape = self._task.network.model, tuple(batch.inputs.shape)
         before = None if shape in self._fits else [(buffer, buffer.clone()) for buffer in model.buffers()]
         while True:
-            torch.manual_seed(derive_seed(self._recipe.seed, "step", step))  # what dropout draws from
+            torch.manual_seed(_seed_of(self._recipe, batch, step))  # what dropout draws from
             try:
                 result = backward(self._recipe, self._task, batch, self._scaler, self.accumulate)
                 self._fits.add(shape)
                 return result
             except (MemoryError, RuntimeError) as error:
-                if not machine.is_out_of_memory(error) or self.accumulate >= len(batch.labels):
+                # Several processes would have to agree on it, and some of them may be waiting for this one's sums.
+                together = distributed.place().size > 1
+                if not machine.is_out_of_memory(error) or self.accumulate >= len(batch.labels) or together:
                     raise
             # Not in the `except`: the exception holds the frames that hold the memory.
             self.accumulate *= 2
@@ -794,6 +950,16 @@ class Backward:
             for buffer, value in before or ():
                 buffer.copy_(value)
             machine.give_back_memory(self._task.device)
+
+
+def _seed_of(recipe: Recipe, batch: TrainingBatch, step: int) -> int:
+    """What dropout draws from; other numbers in each process, for its own rows."""
+    divided = batch.whole is not None and batch.whole.parts is not None
+    return derive_seed(recipe.seed, "step", step, *([distributed.place().rank] if divided else []))
+
+
+def _part_size(recipe: Recipe, accumulate: int) -> int:
+    return math.ceil(recipe.train.batch / accumulate)
 
 
 def backward(
@@ -805,22 +971,33 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of the batch's mean loss, in parts; scaled, where there is a `scaler`.
 
-    accumulate: how many parts; None: `train.accumulate`.
+    accumulate: how many parts; None: `train.accumulate`. Where several processes train together, gradients and loss are
+    what this one's rows give to those of the whole batch, and BatchNorm may wait for the others.
 
     Returns the loss, a scalar, and the logits of the classes, float32 (B, K), both without a graph.
     """
-    part_size = math.ceil(recipe.train.batch / (accumulate or recipe.train.accumulate))
-    whole = total_weight(batch, task.class_weights)
+    part_size = _part_size(recipe, accumulate or recipe.train.accumulate)
+    of_all = batch.whole
+    whole = of_all.weight if of_all is not None else total_weight(batch, task.class_weights)
     total = torch.zeros((), device=batch.labels.device)
     outputs = []
-    parts = in_batches(torch.arange(len(batch.labels)), part_size)
+    divided = of_all is not None and of_all.parts is not None
+    rows_of_all = torch.arange(len(batch.labels))
+    if of_all is not None and of_all.parts is not None:
+        parts = torch.split(rows_of_all, list(of_all.parts))
+    else:
+        parts = in_batches(rows_of_all, part_size)
+    normalising = SyncBatchNorm() if divided and recipe.train.sync_batchnorm else contextlib.nullcontext()
     for rows in parts:
         part = batch if len(parts) == 1 else _rows(batch, int(rows[0]), int(rows[-1]) + 1)
         # What is compiled is compiled for whole parts; the odd last one runs as it is.
-        logits = task.network.training_logits(part.inputs, compiled=len(part.labels) == part_size)
+        with normalising:
+            logits = task.network.training_logits(part.inputs, compiled=len(part.labels) == part_size)
         loss = _loss(logits, part, task.class_weights, recipe.loss.label_smoothing)
-        if part is not batch:
+        if part is not batch or of_all is not None:
             loss = loss * (total_weight(part, task.class_weights) / whole)
+        if of_all is not None and not of_all.counts:
+            loss = loss * 0
         (scaler.scale(loss) if scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         outputs.append(logits.detach()[:, : task.network.classes])
@@ -922,15 +1099,21 @@ def _is_better(candidate: dict[str, Any], best: dict[str, Any] | None) -> bool:
     )
 
 
+def _is_late(recipe: Recipe, seconds: float) -> bool:
+    """Whether a checkpoint is due by the clock; seconds: since the last one."""
+    every = recipe.train.checkpoint_every
+    return every is not None and every.minutes is not None and seconds >= every.minutes * 60
+
+
 def _checkpoint_due(
-    recipe: Recipe, step: int, saved_step: int, seconds: float, total_steps: int, steps_per_epoch: int
+    recipe: Recipe, step: int, saved_step: int, total_steps: int, steps_per_epoch: int, *, late: bool
 ) -> str | None:
-    """The name of the checkpoint that `train.checkpoint_every` asks for now, if any; seconds: since the last one."""
+    """The name of the checkpoint that `train.checkpoint_every` asks for now, if any; late: it does by the clock."""
     every = recipe.train.checkpoint_every
     if every is None or step == saved_step:
         return None
     if every.minutes is not None:
-        return f"step-{step}.pth" if seconds >= every.minutes * 60 else None
+        return f"step-{step}.pth" if late else None
     if step % max(1, every.in_steps(total_steps, steps_per_epoch)):
         return None
     at_epoch_end = every.steps is None and step % steps_per_epoch == 0

@@ -56,8 +56,10 @@ def main() -> None:
     """Run the command line; errors of ours end as one sentence on stderr and the exit code of their class."""
     try:
         code = app(standalone_mode=False)
+        _leave(None)
     except CifarlabError as error:
-        code = _complain(str(error), error.exit_code)
+        # What all processes of torchrun find, one of them says.
+        code = _complain(str(error), error.exit_code) if _leave(str(error)) else error.exit_code
     except typer.TyperException as error:
         message = error.format_message().strip()  # empty where the help was shown instead
         code = _complain(_as_sentence(message), error.exit_code) if message else error.exit_code
@@ -67,9 +69,16 @@ def main() -> None:
         # Whoever read the output has left; point stdout elsewhere so that Python's last flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    _leave("it was interrupted")  # where it hasn't left yet
     if code == 130:  # what typer makes of a KeyboardInterrupt
         _complain("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(complaint: str | None) -> bool:
+    """`distributed.leave`, where this process may have joined others."""
+    distributed = sys.modules.get("cifarlab.distributed")
+    return bool(distributed.leave(complaint)) if distributed is not None else True
 
 
 def _as_sentence(message: str) -> str:
@@ -125,6 +134,8 @@ def run(
 
       cifarlab run ex1
 
+      torchrun --nproc-per-node 2 -m cifarlab run ex1
+
       cifarlab run ex2-schedule --dataset cifar10 --seeds 3 --set train.epochs=10
     """
     from cifarlab.recipe import load_recipe
@@ -138,7 +149,7 @@ def run(
         for name in dict.fromkeys(dataset or plan.datasets)
         for number in range(first, first + (seeds or 1))
     ]
-    _run_all(plans, data, runs, device, profile=profile, resume=resume)
+    _carry_out(plans, data, runs, device, profile=profile, resume=resume)
 
 
 @app.command("resume")
@@ -153,8 +164,9 @@ def resume_run(
     """
     from cifarlab.rundir import RunFolder
 
-    found = RunFolder.open(run)
-    _carry_out([_Job(found.recipe(), found)], data, RUNS, device, profile=False)
+    if os.environ.get("RANK", "0") == "0":  # others of torchrun's may be on machines that haven't got it
+        RunFolder.open(run).recipe()
+    _carry_out([], data, RUNS, device, begun=run)
 
 
 def _tta_override(tta: str | None) -> list[str]:
@@ -162,27 +174,49 @@ def _tta_override(tta: str | None) -> list[str]:
     return [] if tta is None else [f"evaluate.tta={'null' if tta == 'none' else tta}"]
 
 
-def _run_all(plans: list[Recipe], folder: Path | None, runs: Path, device: str, *, profile: bool, resume: bool) -> None:
-    from cifarlab.rundir import find_run_of
-
-    jobs = [_Job(plan, find_run_of(runs, plan) if resume else None) for plan in plans]
-    _carry_out(jobs, folder, runs, device, profile=profile)
-
-
 class _Job(NamedTuple):
     """A recipe to run; or, where there is a run folder, a run of it to go on with."""
 
     plan: Recipe
-    begun: RunFolder | None
+    begun: Path | None
 
 
-def _carry_out(jobs: list[_Job], folder: Path | None, runs: Path, device_name: str, *, profile: bool) -> None:
-    from cifarlab import machine
+def _jobs(plans: list[Recipe], runs: Path, *, resume: bool, begun: Path | None) -> list[_Job]:
+    """What is to be done, as the first process finds it."""
+    from cifarlab import distributed
+    from cifarlab.recipe import make_recipe
+    from cifarlab.rundir import RunFolder, find_run_of
+
+    def find(plan: Recipe) -> str | None:
+        run = find_run_of(runs, plan)
+        return str(run.path) if run is not None else None
+
+    if begun is not None:
+        values = distributed.from_first(lambda: RunFolder.open(begun).recipe().to_dict())
+        return [_Job(make_recipe(values, origin=str(begun / "recipe.yaml")), begun)]
+    found: list[str | None] = [None] * len(plans)
+    if resume or distributed.was_restarted():
+        found = distributed.from_first(lambda: [find(plan) for plan in plans])
+    return [_Job(plan, Path(path) if path else None) for plan, path in zip(plans, found, strict=True)]
+
+
+def _carry_out(
+    plans: list[Recipe],
+    folder: Path | None,
+    runs: Path,
+    device_name: str,
+    *,
+    profile: bool = False,
+    resume: bool = False,
+    begun: Path | None = None,
+) -> None:
+    """Run recipes, or go on with one run that was begun. resume: go on with those of their runs that there are."""
+    from cifarlab import distributed, machine
 
     machine.prepare()  # before torch is there
     import time
 
-    from cifarlab.cli.display import RunDisplay
+    from cifarlab.cli.display import NoDisplay, RunDisplay
     from cifarlab.cli.tables import print_comparison
     from cifarlab.compare import compare
     from cifarlab.experiment import check_plans, load, resume_experiment, run_experiment
@@ -190,9 +224,12 @@ def _carry_out(jobs: list[_Job], folder: Path | None, runs: Path, device_name: s
 
     began = time.time() - machine.process_age()
     console = make_console()
-    device = machine.choose_device(device_name)
-    if plans := [plan for plan, begun in jobs if begun is None]:
-        check_plans(plans, runs, device, say)
+    device = distributed.join(device_name)
+    shown = distributed.is_first()
+    tell = say if shown else (lambda _: None)
+    jobs = _jobs(plans, runs, resume=resume, begun=begun)
+    if new := [plan for plan, begun in jobs if begun is None]:
+        check_plans(new, runs, device, tell)
     done: list[RunFolder] = []
     stop = StopRequest()
     many_seeds = len({plan.seed for plan, _ in jobs}) > 1
@@ -202,21 +239,23 @@ def _carry_out(jobs: list[_Job], folder: Path | None, runs: Path, device_name: s
             for plan, begun in jobs:
                 name = plan.datasets[0]
                 title = f"{plan.name} {name}" + (f" seed {plan.seed}" if many_seeds else "")
-                with RunDisplay(console, title) as display:
+                with RunDisplay(console, title) if shown else NoDisplay() as display:
                     common: dict[str, Any] = {
                         "device": device, "display": display, "stop": stop, "process_started": began,
                         "report": display.report,
                     }  # fmt: skip
                     if begun is not None:
                         loaded = None
-                        run = resume_experiment(begun.path, data_folder=folder, **common)
+                        run = resume_experiment(begun, data_folder=folder, **common)
                     else:
                         if loaded is None or loaded[0] != name:
                             loaded = None  # two datasets at once may not fit
                             loaded = name, load(plan, folder, display.report)
                         run = run_experiment(plan, loaded[1], runs=runs, profile=profile, **common)
                 began = time.time()
-                if run.train_log()["status"] == "finished":
+                if not shown:
+                    pass
+                elif run.train_log()["status"] == "finished":
                     done.append(run)
                     _summary(console, run)
                 else:
@@ -307,21 +346,23 @@ def test(
     device: DeviceOption = "auto",
 ) -> None:
     """Score a run's best checkpoint on the test set again. The look is counted in its test.json."""
-    from cifarlab import machine
+    from cifarlab import distributed, machine
 
     machine.prepare()
     from cifarlab.cli.tables import print_scores
     from cifarlab.experiment import score_run
 
-    console = make_console()
+    place = distributed.join(device)
+    shown = distributed.is_first()
     log = score_run(
         run,
         data_folder=data,
-        device=machine.choose_device(device),
-        report=say,
+        device=place,
+        report=say if shown else lambda _: None,
         override=_tta_override(tta),
     )
-    print_scores(console, log)
+    if shown:
+        print_scores(make_console(), log)
 
 
 class Format(StrEnum):

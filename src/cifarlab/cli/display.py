@@ -77,6 +77,28 @@ class RunDisplay:
             )
 
 
+class NoDisplay:
+    """What the processes show that train along with the first one."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def report(self, text: str) -> None:
+        pass
+
+    def due(self) -> bool:
+        return False
+
+    def progress(self, progress: Progress) -> None:
+        pass
+
+    def epoch(self, entry: dict[str, Any], epochs: float) -> None:
+        pass
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
