@@ -10,14 +10,15 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from torch import nn
 
 from cifarlab import distributed, experiment
 from cifarlab.batchnorm import SyncBatchNorm
-from cifarlab.errors import RecipeError
+from cifarlab.errors import RecipeError, RunError
 from cifarlab.pruning import Pruning
 from cifarlab.recipe import load_recipe
 from cifarlab.recipe_sections import Prune
@@ -67,14 +68,11 @@ def exchange() -> dict[str, Any]:
     copied = [torch.full((3, 2), rank).T, torch.tensor(rank)]
     distributed.copy_from_first(copied)
     found["copied"] = copied
-    for name, work in (
-        ("error", lambda: _fail(RecipeError)),
-        ("same", lambda: distributed.check_same("recipe", {"lr": rank})),
-    ):
-        try:
-            distributed.from_first(work) if name == "error" else work()
-        except Exception as error:
-            found[name] = (type(error).__name__, str(error))
+    with pytest.raises(RecipeError) as refused:
+        distributed.from_first(_refuse)
+    with pytest.raises(RunError) as different:
+        distributed.check_same("recipe", {"lr": rank})
+    found["error"], found["same"] = str(refused.value), str(different.value)
     with distributed.alone():
         found["alone"] = (distributed.place().size, distributed.everyones(rank))
     votes = distributed.Votes()
@@ -102,8 +100,8 @@ def exchange() -> dict[str, Any]:
     return found
 
 
-def _fail(kind: type[Exception]) -> None:
-    raise kind("no such field")
+def _refuse() -> NoReturn:
+    raise RecipeError("no such field")
 
 
 def normalise(dtype: torch.dtype, affine: bool) -> dict[str, Any]:

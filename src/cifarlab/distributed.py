@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 # A process tells that it lives every so many seconds, and counts as dead after so many in which it did not; after fewer
 # where an exchange with somebody has failed. One that is stuck in an exchange with a dead one has so long to find out.
-TICK, SILENCE, SUSPICION, GRACE = 1.0, 12.0, 4.0, 10.0
+TICK, SILENCE, SUSPICION, GRACE = 1.0, 12.0, 4.0, 5.0
+# So long may an answer of the store take.
+ANSWER = timedelta(seconds=6)
 # What waits for others waits this long: one may be decoding images meanwhile. The dead are found in another way.
 PATIENCE = timedelta(hours=12)
 
@@ -347,7 +349,7 @@ class _Watch(threading.Thread):
     """Tells the others every second that this process lives, and finds out which of them don't.
 
     By way of the store that torchrun's processes met by. Needed as NCCL may wait for a dead process without end, and as
-    gloo, which doesn't, can't say which one died.
+    gloo, which doesn't, can't say which one died. Two threads, as the store may not answer at all.
     """
 
     def __init__(self, own: Place, token: str) -> None:
@@ -356,45 +358,53 @@ class _Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self._own, self._token = own, token
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE))
-        self._count = 0
+        self._store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=ANSWER)
+        self._talking = threading.Thread(target=self._talk, name="talk", daemon=True)
+        self._found: list[bytes] = []
+        self._answered = time.monotonic()
         self._lost: str | None = None
         self._suspicious = False
         self._ending = threading.Event()
-        self._lock = threading.Lock()  # of the store's connection
         self._tell({"count": 0})
 
     def run(self) -> None:
+        self._talking.start()
         signs: dict[int, _Sign] = {}
         looked = time.monotonic()
-        while not self._ending.wait(TICK):
+        while self._lost is None:
+            if self._ending.wait(TICK / 2):
+                return
             now = time.monotonic()
             if now - looked > SILENCE / 2:  # it is this process that was away: stopped, or the machine asleep
                 signs.clear()
+                self._answered = now
             looked = now
-            try:
-                self._count += 1
-                self._tell({"count": self._count})
-                found = self._look()
-            except (RuntimeError, ValueError) as error:  # DistNetworkError, DistStoreError
+            if now - self._answered > SILENCE:
                 self._lost = (
                     f"the connection to {os.environ['MASTER_ADDR']}, by which the processes of this run find one "
-                    f"another, is lost ({' '.join(str(error).split())[:100]})"
+                    "another, is lost"
                 )
             else:
-                self._lost = self._judge(found, signs, now)
-            if self._lost is not None:
-                break
-        if self._lost is not None and not self._ending.wait(GRACE):
+                self._lost = self._judge(self._found, signs, now)
+        if not self._ending.wait(GRACE):
             # The main thread is in an exchange that never ends.
             sys.stderr.write(f"cifarlab: {errors.printable(self._lost)}\n")
             sys.stderr.flush()
             os._exit(RunError.exit_code)
 
+    def _talk(self) -> None:
+        count = 0
+        while not self._ending.wait(TICK):
+            count += 1
+            with contextlib.suppress(RuntimeError, ValueError):  # `run` sees that there is no answer
+                self._tell({"count": count})
+                self._found = self._look()
+                self._answered = time.monotonic()
+
     def _judge(self, found: list[bytes], signs: dict[int, _Sign], now: float) -> str | None:
         """The sentence for the first process that is not there any more, if there is one."""
         for rank, text in enumerate(found):
-            if signs.get(rank, _Sign(b"", 0.0)).text != text:
+            if rank not in signs or signs[rank].text != text:
                 signs[rank] = _Sign(text, now)
             said = json.loads(text)
             if rank == self._own.rank or said.get("done"):
@@ -404,14 +414,14 @@ class _Watch(threading.Thread):
                 return f"{who} has ended: {said['complaint']}"
             silence = now - signs[rank].since
             if silence > (SUSPICION if self._suspicious else SILENCE):
-                return f"{who} is gone: no sign of life for {silence:.0f} seconds; go on with: cifarlab resume"
+                return f"{who} is gone: no sign of life for {silence:.0f} seconds; what it was at can be gone on with"
         return None
 
     def verdict(self) -> str | None:
         """Who is gone, where an exchange has failed; waits until that is known."""
         self._suspicious = True
         deadline = time.monotonic() + SILENCE
-        while self._lost is None and time.monotonic() < deadline and self.is_alive():
+        while self._lost is None and time.monotonic() < deadline:
             time.sleep(0.1)
         self._ending.set()
         return self._lost
@@ -419,8 +429,9 @@ class _Watch(threading.Thread):
     def farewell(self, complaint: str | None) -> bool:
         """See `leave`."""
         self._ending.set()
-        if self.is_alive():
-            self.join(SILENCE)
+        if self._lost is not None:  # nobody may be there to listen
+            return True
+        self._talking.join(SILENCE)
         with contextlib.suppress(RuntimeError, ValueError):
             self._tell({"done": True} if complaint is None else {"complaint": complaint})
             deadline = time.monotonic() + SUSPICION
@@ -435,12 +446,10 @@ class _Watch(threading.Thread):
         return f"cifarlab/{self._token}/{rank}"
 
     def _tell(self, what: dict[str, Any]) -> None:
-        with self._lock:
-            self._store.set(
-                self._key(self._own.rank), json.dumps({**what, "host": socket.gethostname(), "pid": os.getpid()})
-            )
+        self._store.set(
+            self._key(self._own.rank), json.dumps({**what, "host": socket.gethostname(), "pid": os.getpid()})
+        )
 
     def _look(self) -> list[bytes]:
-        with self._lock:
-            found: list[bytes] = self._store.multi_get([self._key(rank) for rank in range(self._own.size)])
+        found: list[bytes] = self._store.multi_get([self._key(rank) for rank in range(self._own.size)])
         return found

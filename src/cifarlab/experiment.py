@@ -61,7 +61,8 @@ def check_plans(plans: Sequence[Recipe], runs: Path, device: torch.device, repor
         parameter_groups(plan.optimizer, model)
         for side in plan.sides:
             make_pipeline(plan, side, (own_side, own_side), (0, 0, 0), (1, 1, 1), torch.device("cpu"))
-    files.make_folder(runs)
+    if distributed.is_first():
+        files.make_folder(runs)
     for plan in distinct:
         find_weights(plan.model, report)
 

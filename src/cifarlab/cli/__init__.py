@@ -291,10 +291,13 @@ def _signals(stop: StopRequest) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the training loop after its step; elsewhere, and the second time, they end at once."""
     import signal
 
+    from cifarlab.distributed import is_first
+
     def handle(number: int, frame: object) -> None:
         if stop.listening and stop.signal is None:
             stop.signal = number
-            sys.stderr.write("\ncifarlab: finishing this step and saving; once more to leave at once\n")
+            if is_first():
+                sys.stderr.write("\ncifarlab: finishing this step and saving; once more to leave at once\n")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
