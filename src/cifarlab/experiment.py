@@ -30,7 +30,7 @@ from cifarlab.errors import DivergedError, NotARunError, RecipeError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.models import outline
 from cifarlab.models.chain import freeze
-from cifarlab.models.weights import Weights, find_weights
+from cifarlab.models.weights import Weights, find_weights, normalisation, put_back
 from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, flatten, make_recipe
 from cifarlab.recipe_sections import NumericsChoice, check_tta
@@ -442,13 +442,15 @@ def _score(
     looks = before.get("test_looks", 0)
     store = make_store(prepared.test, recipe, device)
     numbers = numerics_of(recipe, device)
+    if state.get("classes") != list(prepared.classes):
+        raise NotARunError(f"{run.path / 'best.pth'} was trained on other classes than {recipe.datasets[0]} has")
     try:
-        mean, std = state["mean"], state["std"]
+        mean, std = normalisation(state)
         pipeline = make_pipeline(
             recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers.memory_format
         )
         model = make_model(recipe, len(prepared.classes), pipeline.output_size, None, device, numbers)
-        model.load_state_dict(state["model"])
+        put_back(model, state.get("model"))
         network = Classifier(model, model, None, len(prepared.classes), numbers)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]

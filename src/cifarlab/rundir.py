@@ -11,6 +11,7 @@ Nothing here imports torch until a checkpoint is read or written, so that tables
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -25,9 +26,9 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cifarlab import files, machine
+from cifarlab import files, machine, plain
 from cifarlab.errors import NotARunError, RecipeError, RunError
-from cifarlab.recipe import FOLDER_PREFIX, Recipe, make_recipe, parse_yaml
+from cifarlab.recipe import FOLDER_PREFIX, MAX_RECIPE_BYTES, Recipe, make_recipe, parse_yaml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,7 +146,7 @@ class RunFolder:
     def recipe_values(self) -> dict[str, Any]:
         """The recipe as plain values, not validated: what tables need. Raises NotARunError, as all readers here."""
         try:
-            values = parse_yaml(self._text("recipe.yaml"), str(self.path / "recipe.yaml"))
+            values = parse_yaml(self._text("recipe.yaml", MAX_RECIPE_BYTES), str(self.path / "recipe.yaml"))
         except RecipeError as error:
             raise NotARunError(str(error)) from None
         if not isinstance(values, dict):
@@ -196,7 +197,7 @@ class RunFolder:
         """
         path = self.path / name
         try:
-            data = path.read_bytes()
+            data = _bytes(path)
         except FileNotFoundError:
             raise NotARunError(f"{path} is missing; this run has saved no such checkpoint") from None
         except OSError as error:
@@ -204,12 +205,10 @@ class RunFolder:
         return self._parsed(data, path)
 
     def _parsed(self, data: bytes, path: Path) -> dict[str, Any]:
-        import torch
-
         sealed = False
         try:
             data, sealed = _verified(data)
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = plain.read_plain(io.BytesIO(data), data)
         except Exception as error:  # whatever comes to torch's mind: ten kinds, of bytes changed at random
             if sealed and machine.is_out_of_memory(error):
                 raise  # the file is whole
@@ -234,7 +233,7 @@ class RunFolder:
         found = self.checkpoints()
         for path in reversed(found):
             try:
-                data = path.read_bytes()
+                data = _bytes(path)
             except OSError as error:  # it may be whole all the same
                 raise NotARunError(f"cannot read {path}: {error.strerror}; put that right and go on") from error
             try:
@@ -261,11 +260,12 @@ class RunFolder:
 
     # --- reading what may be damaged ---
 
-    def _text(self, name: str) -> str:
+    def _text(self, name: str, most: int) -> str:
         path = self.path / name
         try:
-            if path.stat().st_size > MAX_RECORD_BYTES:
-                raise NotARunError(f"{path} is larger than {MAX_RECORD_BYTES:,} bytes; it was not written by cifarlab")
+            files.refuse_special(path)
+            if path.stat().st_size > most:
+                raise NotARunError(f"{path} is larger than {most:,} bytes; it was not written by cifarlab")
             return path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise NotARunError(f"{path} is missing; is {self.path} a whole run folder?") from None
@@ -276,7 +276,7 @@ class RunFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            values = json.loads(self._text(name), parse_constant=_refuse_constant)
+            values = json.loads(self._text(name, MAX_RECORD_BYTES), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise NotARunError(f"{self.path / name} is damaged: {error}") from None
         if not isinstance(values, dict):
@@ -314,12 +314,21 @@ def _verified(data: bytes) -> tuple[bytes, bool]:
     return data, True
 
 
+def _bytes(path: Path) -> bytes:
+    """A checkpoint's file. Raises OSError, also for what is no regular file or does not fit into memory."""
+    files.refuse_special(path)
+    if path.stat().st_size > machine.available_memory():  # a sparse file may claim any size
+        raise OSError(errno.ENOMEM, "it is larger than the memory that is free")
+    return path.read_bytes()
+
+
 def _step_of(path: Path) -> int:
     """The step of a checkpoint, by its end or, where that is not ours, by its name; -1 where neither says it.
 
     One that can't be read counts as the newest, so that it is not taken for an old one and removed.
     """
     try:
+        files.refuse_special(path)
         with path.open("rb") as file:
             file.seek(-min(_SEAL_BYTES, path.stat().st_size), os.SEEK_END)
             if (seal := _SEAL.fullmatch(file.read())) is not None:

@@ -35,6 +35,7 @@ from cifarlab.graphs import StepGraphs, Tensors
 from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
+from cifarlab.models.weights import put_back
 from cifarlab.optim import ByGroups, build_optimizer, set_learning_rate
 from cifarlab.pruning import Pruning
 from cifarlab.recipe import Recipe
@@ -473,7 +474,10 @@ def train(
         )
     if best is None:
         raise DivergedError(f"the validation loss was never finite, in {run.path}; try a lower optimizer.lr")
-    model.load_state_dict(run.load_checkpoint("best.pth")["model"])
+    try:
+        put_back(model, run.load_checkpoint("best.pth").get("model"))
+    except ValueError as error:
+        raise NotARunError(f"{run.path / 'best.pth'} does not fit the recipe's network: {error}") from error
     if task.validation is not None and task.train_sample is not None:
         validation = validate(network, task, recipe)
         sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch)
@@ -498,9 +502,9 @@ def _restore(
 ) -> None:
     """Put a checkpoint's state where it came from. Raises NotARunError where it does not fit."""
     try:
-        task.network.model.load_state_dict(saved["model"])
+        put_back(task.network.model, saved["model"])
         if task.average is not None:
-            task.average.network.model.load_state_dict(saved["average"])
+            put_back(task.average.network.model, saved["average"])
         take_step.optimizer.load_state_dict(saved["optimizer"])
         if take_step.scaler is not None and saved["scaler"] is not None:
             take_step.scaler.load_state_dict(saved["scaler"])
