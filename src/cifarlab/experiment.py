@@ -247,7 +247,7 @@ def _ending_said(run: RunFolder, report: Report) -> Iterator[None]:
 
 def _finish(run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.device, process_started: float) -> None:
     """What comes after training: pictures and, where that has come to its end, the one look at the test set."""
-    log = run.train_log()
+    log = run.trained_log()
     best = log["best_epoch"], log["best_weights"]
     plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
     plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
@@ -280,7 +280,7 @@ def _refuse_change(run: RunFolder, what: str, before: dict[str, Any], now: dict[
     """Raises NotARunError, with the differences, where a run is to go on with something else than it began with."""
     names = sorted(name for name in before | now if before.get(name) != now.get(name))
     if names:
-        changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names[:10])
+        changes = "; ".join(f"{name} was {before.get(name)!r:.200}, is {now.get(name)!r:.200}" for name in names[:10])
         raise NotARunError(
             f"the {what} of {run.path} is not what it began with, so it can't go on: {changes}; put that right, or "
             "begin a new run"
@@ -312,7 +312,7 @@ def _said_of_bits(saved: dict[str, Any], task: Task, recipe: Recipe) -> str:
     changed = [
         f"{name} was {before.get(name)}, is {now[name]}" for name in sorted(now) if before.get(name) != now[name]
     ]
-    if saved["recipe"]["train"]["numerics"] != recipe.to_dict()["train"]["numerics"]:
+    if saved["recipe"]["train"].get("numerics") != recipe.to_dict()["train"]["numerics"]:
         changed.append("numerics")
     if changed:
         return f"going on from step {step}; not bit for bit as if it had never stopped: {', '.join(changed)}"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cifarlab import files, machine, plain
@@ -49,6 +49,22 @@ _TO_GO_ON: dict[str, type | tuple[type, ...]] = {
     "best": (dict, NoneType), "started": str, "setbacks": list, "train_time": float, "wall_time": float,
     "epoch_began": float, "sums": dict, "images": int, "flops": (int, NoneType), "accumulate": int,
     "pruning": (dict, NoneType), "frozen": (dict, NoneType),
+}  # fmt: skip
+# What of that is JSON, in train.json or to be compared.
+_IN_JSON = ("recipe", "classes", "mean", "std", "data", "made_on", "epochs", "best", "started", "setbacks")
+_Kind = type | UnionType
+_NUMBER: _Kind = int | float
+_FIGURE: _Kind = int | float | None
+# What must be in an entry of its `epochs`, in its `best` and in its `sums`.
+_OF_EPOCH: dict[str, _Kind] = {"epoch": int, "lr": _NUMBER, "seconds": _NUMBER} | dict.fromkeys(
+    ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss", "ema_val_accuracy"), _FIGURE
+)
+OF_BEST: dict[str, _Kind] = {"epoch": int, "val_loss": _FIGURE, "val_accuracy": _FIGURE, "weights": str}
+_OF_SUMS = dict.fromkeys(("loss", "weight", "correct", "answers", "images"), _NUMBER)
+# What train.json has of a run that has trained, but for its epochs.
+_OF_LOG: dict[str, _Kind] = {
+    "status": str, "epochs": list, "best_epoch": int | None, "best_weights": str | None, "best_val_accuracy": _FIGURE,
+    "overfitting_gap": _FIGURE, "stopped_early": bool,
 }  # fmt: skip
 MAX_RECORD_BYTES = 100_000_000
 EXAMPLE = "give a run folder, such as runs/ex1/cifar10/20261123-212500"
@@ -162,6 +178,15 @@ class RunFolder:
     def train_log(self) -> dict[str, Any]:
         return self._json("train.json")
 
+    def trained_log(self) -> dict[str, Any]:
+        """`train_log` of a run that has trained, with all that such a one has."""
+        log = self.train_log()
+        if not has(log, _OF_LOG) or not all(has(entry, _OF_EPOCH) for entry in log["epochs"]):
+            raise NotARunError(
+                f"{self.path / 'train.json'} is damaged: it lacks what a run that has trained says of itself"
+            )
+        return log
+
     def test_log(self) -> dict[str, Any] | None:
         return self._json("test.json") if (self.path / "test.json").exists() else None
 
@@ -238,8 +263,7 @@ class RunFolder:
                 raise NotARunError(f"cannot read {path}: {error.strerror}; put that right and go on") from error
             try:
                 state = self._parsed(data, path)
-                wrong = [name for name, kind in _TO_GO_ON.items() if not isinstance(state.get(name, ...), kind)]
-                if wrong:
+                if wrong := _lacking(state):
                     raise NotARunError(f"{path} is no checkpoint to go on from: it has no {' and no '.join(wrong)}")
             except NotARunError as error:
                 aside = path.with_name(f"{path.name}.damaged")
@@ -282,6 +306,27 @@ class RunFolder:
         if not isinstance(values, dict):
             raise NotARunError(f"{self.path / name} is damaged: expected a JSON object")
         return values
+
+
+def _lacking(state: dict[str, Any]) -> list[str]:
+    """What a checkpoint to go on from doesn't have, or has as something else."""
+    wrong = [name for name, kind in _TO_GO_ON.items() if not isinstance(state.get(name, ...), kind)]
+    if wrong:
+        return wrong
+    best = [] if state["best"] is None else [state["best"]]
+    parts = (("epochs", state["epochs"], _OF_EPOCH), ("best", best, OF_BEST), ("sums", [state["sums"]], _OF_SUMS))
+    wrong = [name for name, entries, kinds in parts if not all(has(entry, kinds) for entry in entries)]
+    for name in _IN_JSON:
+        try:
+            json.dumps(state[name], allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            wrong.append(name)
+    return wrong + ["step"] * (state["step"] < 0)
+
+
+def has(entry: Any, kinds: dict[str, _Kind]) -> bool:
+    """Whether an entry is a dictionary with all these names and kinds."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(name, ...), kind) for name, kind in kinds.items())
 
 
 def serialized(state: dict[str, Any]) -> bytes:

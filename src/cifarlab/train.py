@@ -40,7 +40,7 @@ from cifarlab.optim import ByGroups, build_optimizer, set_learning_rate
 from cifarlab.pruning import Pruning
 from cifarlab.recipe import Recipe
 from cifarlab.recipe_schedule import OneCycleSchedule
-from cifarlab.rundir import RunFolder, serialized
+from cifarlab.rundir import OF_BEST, RunFolder, has, serialized
 from cifarlab.schedule import values as schedule_values
 from cifarlab.seeds import derive_seed
 
@@ -272,6 +272,10 @@ def train(
     if saved is not None:
         _restore(saved, task, take_step, pruning, run)
         step = saved_step = saved["step"]
+        if step > total_steps:
+            raise NotARunError(
+                f"the checkpoint of step {step} of {run.path} does not fit: it trains {total_steps} steps"
+            )
         images, epochs, started = saved["images"], list(saved["epochs"]), saved["started"]
         flops = TrainingFlops(network, saved["flops"])
         sums.load_state(saved["sums"])
@@ -529,11 +533,13 @@ def _best_so_far(
         return None
     try:
         state = run.load_checkpoint("best.pth")
-        found = {name: state[name] for name in ("epoch", "val_loss", "val_accuracy", "weights")}
+        if not has(state, OF_BEST):
+            raise NotARunError(f"{run.path / 'best.pth'} is damaged: it doesn't say of which epoch it is")
+        found = {name: state[name] for name in OF_BEST}
         if not same and found["epoch"] > len(saved["epochs"]):
             raise NotARunError(f"{run.path / 'best.pth'} is of epoch {found['epoch']}, which comes anew")
         return found
-    except (NotARunError, KeyError) as error:
+    except NotARunError as error:
         if best is not None and best["epoch"] == len(saved["epochs"]) and not saved["sums"]["images"]:
             report(f"{error}; the checkpoint's weights, which are the best, take its place")
             weights = saved["average" if best["weights"] == "ema" else "model"]
