@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,8 @@ def read_plain(source: Path | io.BytesIO, content: bytes | mmap.mmap) -> Any:
             source.seek(0)
     if content.find(_BYTEARRAY) >= 0:
         raise NotPlainError("it makes bytes out of a number")
-    value = torch.load(source, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of formats that are refused, and kinds of tensors to come
+        value = torch.load(source, map_location="cpu", weights_only=True)
     storages = {}
     for tensor in _tensors(value):
         storage = tensor.untyped_storage()
