@@ -29,6 +29,7 @@ from torch import nn
 from cifarlab import experiment, files, machine
 from cifarlab.board import Board
 from cifarlab.compare import compare, to_csv, to_json, to_markdown
+from cifarlab.data.dataset import Dataset
 from cifarlab.errors import CifarlabError, DataError, NotARunError, RecipeError, StorageError
 from cifarlab.models import build_model
 from cifarlab.models.weights import find_weights, load_weights
@@ -547,6 +548,31 @@ def test_links_in_a_run_folder_are_not_written_through(
     with pytest.raises(StorageError, match=r"cannot lock .*\.lock"), folder.locked():
         pass
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+def test_nothing_is_downloaded_into_a_folder_that_a_record_names(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(finished, tmp_path)
+    text = (folder.path / "recipe.yaml").read_text().replace("digits", "cifar10")
+    (folder.path / "recipe.yaml").write_text(text)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    environment = folder.environment()
+    environment["data"]["folder"] = str(outside)
+    folder.write_environment(environment)
+    asked: list[Path | None] = []
+
+    def load(name: str, section: Any, side: Any, place: Path | None, report: Any) -> Dataset:
+        asked.append(place)
+        return make_dataset()
+
+    monkeypatch.setattr(experiment, "load_dataset", load)
+    for command in ("test", "resume"):
+        (folder.path / "test.json").unlink(missing_ok=True)
+        code, _, err = call(capsys, monkeypatch, command, folder.path)
+        assert code in (0, 4) and "Traceback" not in err
+    assert asked == [None, None]
 
 
 # --- safetensors --------------------------------------------------------------------------------

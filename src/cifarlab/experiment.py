@@ -22,6 +22,7 @@ from cifarlab import __version__, files, machine, metrics, numerics, plots
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
 from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
+from cifarlab.data.cifar import DATASETS, find
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
@@ -138,7 +139,7 @@ def resume_experiment(
         recipe = _with_possible_numerics(recipe, device, report, "going on")
         with explained(recipe):
             if dataset is None:
-                dataset = load(recipe, _folder_of(started, data_folder), report)
+                dataset = load(recipe, _folder_of(started, recipe, data_folder), report)
             prepared, weights, decided = get_ready(recipe, dataset, device, report)
             recipe = decided.recipe
             if saved is not None:
@@ -270,10 +271,16 @@ def _environment_of(run: RunFolder, report: Report) -> dict[str, Any]:
     return found
 
 
-def _folder_of(environment: dict[str, Any], asked: Path | None) -> Path | None:
-    """Where CIFAR's files are: as asked, or where they were when the run was made, if that is still there."""
-    recorded = environment.get("data", {}).get("folder")
-    return Path(str(recorded)) if asked is None and recorded and Path(str(recorded)).is_dir() else asked
+def _folder_of(environment: dict[str, Any], recipe: Recipe, asked: Path | None) -> Path | None:
+    """Where CIFAR's files are: as asked, or where they were when the run was made, if they are still there.
+
+    If they aren't, they are downloaded to where they always are, and not into a folder that a record names.
+    """
+    recorded, name = environment.get("data", {}).get("folder"), recipe.datasets[0]
+    if asked is not None or not recorded or name not in DATASETS:
+        return asked
+    folder = Path(str(recorded))
+    return folder if folder.is_dir() and find(DATASETS[name], folder) is not None else None
 
 
 def _refuse_change(run: RunFolder, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -405,7 +412,7 @@ def score_run(
     data = run.environment().get("data")
     if not isinstance(data, dict):
         raise NotARunError(f"{run.path / 'environment.json'} is damaged: it has no 'data'")
-    data_folder = _folder_of(run.environment(), data_folder)
+    data_folder = _folder_of(run.environment(), recipe, data_folder)
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice):
         # Nothing is compiled or captured in evaluation.
