@@ -21,6 +21,7 @@ ORDER = (
     "cifarlab",
     "errors",
     "files",
+    "plain",
     "background",
     "seeds",
     "recipe_base",

@@ -277,7 +277,9 @@ def _harmless(value: Any) -> Any:
 
 
 def _markdown(text: str) -> str:
-    return html.escape(text, quote=False).replace("|", "&#124;")
+    """Text as a cell: no HTML, no link or picture, no code, and no end of the cell."""
+    cell = html.escape(text, quote=False)
+    return cell.replace("|", "&#124;").replace("`", "&#96;").replace("](", "]&#40;")
 
 
 def percent(figure: Figure) -> str:

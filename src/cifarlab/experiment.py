@@ -22,6 +22,7 @@ from cifarlab import __version__, distributed, files, machine, metrics, numerics
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
 from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
+from cifarlab.data.cifar import DATASETS, find
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
@@ -30,7 +31,7 @@ from cifarlab.errors import DivergedError, NotARunError, RecipeError, RunError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
 from cifarlab.models import outline
 from cifarlab.models.chain import freeze
-from cifarlab.models.weights import Weights, find_weights
+from cifarlab.models.weights import Weights, find_weights, normalisation, put_back
 from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, flatten, make_recipe
 from cifarlab.recipe_sections import NumericsChoice, check_tta
@@ -139,7 +140,7 @@ def resume_experiment(
         recipe = _with_possible_numerics(recipe, device, report, "going on")
         with explained(recipe):
             if dataset is None:
-                dataset = load(recipe, _folder_of(started, data_folder), report)
+                dataset = load(recipe, _folder_of(started, recipe, data_folder), report)
             prepared, weights, decided = get_ready(recipe, dataset, device, report)
             recipe = decided.recipe
             if saved is not None:
@@ -295,7 +296,7 @@ def _finish(run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.de
 
 def _drawn(run: RunFolder) -> bool:
     """Draws the curves. Returns whether the test set is to be looked at, if the recipe wants that."""
-    log = run.train_log()
+    log = run.trained_log()
     best = log["best_epoch"], log["best_weights"]
     plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
     plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
@@ -317,17 +318,23 @@ def _environment_of(run: RunFolder, report: Report) -> dict[str, Any]:
     return found
 
 
-def _folder_of(environment: dict[str, Any], asked: Path | None) -> Path | None:
-    """Where CIFAR's files are: as asked, or where they were when the run was made, if that is still there."""
-    recorded = environment.get("data", {}).get("folder")
-    return Path(str(recorded)) if asked is None and recorded and Path(str(recorded)).is_dir() else asked
+def _folder_of(environment: dict[str, Any], recipe: Recipe, asked: Path | None) -> Path | None:
+    """Where CIFAR's files are: as asked, or where they were when the run was made, if they are still there.
+
+    If they aren't, they are downloaded to where they always are, and not into a folder that a record names.
+    """
+    recorded, name = environment.get("data", {}).get("folder"), recipe.datasets[0]
+    if asked is not None or not recorded or name not in DATASETS:
+        return asked
+    folder = Path(str(recorded))
+    return folder if folder.is_dir() and find(DATASETS[name], folder) is not None else None
 
 
 def _refuse_change(run: RunFolder, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises NotARunError, with the differences, where a run is to go on with something else than it began with."""
     names = sorted(name for name in before | now if before.get(name) != now.get(name))
     if names:
-        changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names[:10])
+        changes = "; ".join(f"{name} was {before.get(name)!r:.200}, is {now.get(name)!r:.200}" for name in names[:10])
         raise NotARunError(
             f"the {what} of {run.path} is not what it began with, so it can't go on: {changes}; put that right, or "
             "begin a new run"
@@ -361,7 +368,7 @@ def _said_of_bits(saved: dict[str, Any], task: Task, recipe: Recipe) -> str:
         for name in sorted(before | now)
         if before.get(name) != now.get(name)
     ]
-    if saved["recipe"]["train"]["numerics"] != recipe.to_dict()["train"]["numerics"]:
+    if saved["recipe"]["train"].get("numerics") != recipe.to_dict()["train"]["numerics"]:
         changed.append("numerics")
     if changed:
         return f"going on from step {step}; not bit for bit as if it had never stopped: {', '.join(changed)}"
@@ -462,7 +469,7 @@ def score_run(
     values, data = distributed.from_first(lambda: _scorable(path))
     recipe = make_recipe(values, origin=str(run.path / "recipe.yaml"))
     asked = make_recipe(values, override, origin=f"recipe {recipe.name}").evaluate.tta
-    data_folder = _folder_of({"data": data}, data_folder)
+    data_folder = _folder_of({"data": data}, recipe, data_folder)
     choice = recipe.train.numerics
     if isinstance(choice, NumericsChoice):
         # Nothing is compiled or captured in evaluation.
@@ -515,13 +522,15 @@ def _score(
     looks = before.get("test_looks", 0)
     store = make_store(prepared.test, recipe, device)
     numbers = numerics_of(recipe, device)
+    if state.get("classes") != list(prepared.classes):
+        raise NotARunError(f"{run.path / 'best.pth'} was trained on other classes than {recipe.datasets[0]} has")
     try:
-        mean, std = state["mean"], state["std"]
+        mean, std = normalisation(state)
         pipeline = make_pipeline(
             recipe, recipe.evaluation_side, store.image_size, mean, std, device, numbers.memory_format
         )
         model = make_model(recipe, len(prepared.classes), pipeline.output_size, None, device, numbers)
-        model.load_state_dict(state["model"])
+        put_back(model, state.get("model"))
         network = Classifier(model, model, None, len(prepared.classes), numbers)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -56,6 +57,13 @@ def is_folder(path: Path) -> bool:
         raise DataError(
             f"cannot read {path}: {error.strerror}; is it the right folder, and may you read it?"
         ) from error
+
+
+def refuse_special(path: Path) -> None:
+    """Raise OSError where `path` is a pipe or a device: reading the one waits, and of the other never ends."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder's own error says more
+        raise OSError(errno.EINVAL, "it is no regular file")
 
 
 def make_folder(path: Path, *, exist_ok: bool = True) -> None:

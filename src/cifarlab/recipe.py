@@ -27,6 +27,7 @@ from cifarlab.recipe_sections import Augment, Data, Evaluate, Loss, Model, Train
 NAMED_DATASETS = ("cifar10", "cifar100", "digits")
 FOLDER_PREFIX = "folder:"
 MAX_RECIPE_BYTES = 1_000_000
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", re.IGNORECASE)
 
 
 def check_dataset_name(name: str) -> str:
@@ -58,6 +59,10 @@ class Recipe(Section):
     def _name_is_a_folder_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
             raise ValueError("must be letters, digits and . _ + -, beginning with a letter or digit: it names a folder")
+        if _RESERVED.fullmatch(name):
+            raise ValueError(
+                "names that Windows keeps for devices (con, nul, com1 …) or that end in a dot name no folder"
+            )
         return name
 
     @field_validator("datasets")

@@ -11,6 +11,7 @@ Nothing here imports torch until a checkpoint is read or written, so that tables
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -22,12 +23,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cifarlab import files, machine
+from cifarlab import files, machine, plain
 from cifarlab.errors import NotARunError, RecipeError, RunError
-from cifarlab.recipe import FOLDER_PREFIX, Recipe, make_recipe, parse_yaml
+from cifarlab.recipe import FOLDER_PREFIX, MAX_RECIPE_BYTES, Recipe, make_recipe, parse_yaml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,22 @@ _TO_GO_ON: dict[str, type | tuple[type, ...]] = {
     "best": (dict, NoneType), "started": str, "setbacks": list, "train_time": float, "wall_time": float,
     "epoch_began": float, "sums": dict, "images": int, "flops": (int, NoneType), "accumulate": int,
     "pruning": (dict, NoneType), "frozen": (dict, NoneType),
+}  # fmt: skip
+# What of that is JSON, in train.json or to be compared.
+_IN_JSON = ("recipe", "classes", "mean", "std", "data", "made_on", "epochs", "best", "started", "setbacks")
+_Kind = type | UnionType
+_NUMBER: _Kind = int | float
+_FIGURE: _Kind = int | float | None
+# What must be in an entry of its `epochs`, in its `best` and in its `sums`.
+_OF_EPOCH: dict[str, _Kind] = {"epoch": int, "lr": _NUMBER, "seconds": _NUMBER} | dict.fromkeys(
+    ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss", "ema_val_accuracy"), _FIGURE
+)
+OF_BEST: dict[str, _Kind] = {"epoch": int, "val_loss": _FIGURE, "val_accuracy": _FIGURE, "weights": str}
+_OF_SUMS = dict.fromkeys(("loss", "weight", "correct", "answers", "images"), _NUMBER)
+# What train.json has of a run that has trained, but for its epochs.
+_OF_LOG: dict[str, _Kind] = {
+    "status": str, "epochs": list, "best_epoch": int | None, "best_weights": str | None, "best_val_accuracy": _FIGURE,
+    "overfitting_gap": _FIGURE, "stopped_early": bool,
 }  # fmt: skip
 MAX_RECORD_BYTES = 100_000_000
 EXAMPLE = "give a run folder, such as runs/ex1/cifar10/20261123-212500"
@@ -145,7 +162,7 @@ class RunFolder:
     def recipe_values(self) -> dict[str, Any]:
         """The recipe as plain values, not validated: what tables need. Raises NotARunError, as all readers here."""
         try:
-            values = parse_yaml(self._text("recipe.yaml"), str(self.path / "recipe.yaml"))
+            values = parse_yaml(self._text("recipe.yaml", MAX_RECIPE_BYTES), str(self.path / "recipe.yaml"))
         except RecipeError as error:
             raise NotARunError(str(error)) from None
         if not isinstance(values, dict):
@@ -160,6 +177,15 @@ class RunFolder:
 
     def train_log(self) -> dict[str, Any]:
         return self._json("train.json")
+
+    def trained_log(self) -> dict[str, Any]:
+        """`train_log` of a run that has trained, with all that such a one has."""
+        log = self.train_log()
+        if not has(log, _OF_LOG) or not all(has(entry, _OF_EPOCH) for entry in log["epochs"]):
+            raise NotARunError(
+                f"{self.path / 'train.json'} is damaged: it lacks what a run that has trained says of itself"
+            )
+        return log
 
     def test_log(self) -> dict[str, Any] | None:
         return self._json("test.json") if (self.path / "test.json").exists() else None
@@ -196,7 +222,7 @@ class RunFolder:
         """
         path = self.path / name
         try:
-            data = path.read_bytes()
+            data = _bytes(path)
         except FileNotFoundError:
             raise NotARunError(f"{path} is missing; this run has saved no such checkpoint") from None
         except OSError as error:
@@ -204,12 +230,10 @@ class RunFolder:
         return self._parsed(data, path)
 
     def _parsed(self, data: bytes, path: Path) -> dict[str, Any]:
-        import torch
-
         sealed = False
         try:
             data, sealed = _verified(data)
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = plain.read_plain(io.BytesIO(data), data)
         except Exception as error:  # whatever comes to torch's mind: ten kinds, of bytes changed at random
             if sealed and machine.is_out_of_memory(error):
                 raise  # the file is whole
@@ -234,13 +258,12 @@ class RunFolder:
         found = self.checkpoints()
         for path in reversed(found):
             try:
-                data = path.read_bytes()
+                data = _bytes(path)
             except OSError as error:  # it may be whole all the same
                 raise NotARunError(f"cannot read {path}: {error.strerror}; put that right and go on") from error
             try:
                 state = self._parsed(data, path)
-                wrong = [name for name, kind in _TO_GO_ON.items() if not isinstance(state.get(name, ...), kind)]
-                if wrong:
+                if wrong := _lacking(state):
                     raise NotARunError(f"{path} is no checkpoint to go on from: it has no {' and no '.join(wrong)}")
             except NotARunError as error:
                 aside = path.with_name(f"{path.name}.damaged")
@@ -261,11 +284,12 @@ class RunFolder:
 
     # --- reading what may be damaged ---
 
-    def _text(self, name: str) -> str:
+    def _text(self, name: str, most: int) -> str:
         path = self.path / name
         try:
-            if path.stat().st_size > MAX_RECORD_BYTES:
-                raise NotARunError(f"{path} is larger than {MAX_RECORD_BYTES:,} bytes; it was not written by cifarlab")
+            files.refuse_special(path)
+            if path.stat().st_size > most:
+                raise NotARunError(f"{path} is larger than {most:,} bytes; it was not written by cifarlab")
             return path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise NotARunError(f"{path} is missing; is {self.path} a whole run folder?") from None
@@ -276,12 +300,33 @@ class RunFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            values = json.loads(self._text(name), parse_constant=_refuse_constant)
+            values = json.loads(self._text(name, MAX_RECORD_BYTES), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise NotARunError(f"{self.path / name} is damaged: {error}") from None
         if not isinstance(values, dict):
             raise NotARunError(f"{self.path / name} is damaged: expected a JSON object")
         return values
+
+
+def _lacking(state: dict[str, Any]) -> list[str]:
+    """What a checkpoint to go on from doesn't have, or has as something else."""
+    wrong = [name for name, kind in _TO_GO_ON.items() if not isinstance(state.get(name, ...), kind)]
+    if wrong:
+        return wrong
+    best = [] if state["best"] is None else [state["best"]]
+    parts = (("epochs", state["epochs"], _OF_EPOCH), ("best", best, OF_BEST), ("sums", [state["sums"]], _OF_SUMS))
+    wrong = [name for name, entries, kinds in parts if not all(has(entry, kinds) for entry in entries)]
+    for name in _IN_JSON:
+        try:
+            json.dumps(state[name], allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            wrong.append(name)
+    return wrong + ["step"] * (state["step"] < 0)
+
+
+def has(entry: Any, kinds: dict[str, _Kind]) -> bool:
+    """Whether an entry is a dictionary with all these names and kinds."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(name, ...), kind) for name, kind in kinds.items())
 
 
 def serialized(state: dict[str, Any]) -> bytes:
@@ -314,12 +359,21 @@ def _verified(data: bytes) -> tuple[bytes, bool]:
     return data, True
 
 
+def _bytes(path: Path) -> bytes:
+    """A checkpoint's file. Raises OSError, also for what is no regular file or does not fit into memory."""
+    files.refuse_special(path)
+    if path.stat().st_size > machine.available_memory():  # a sparse file may claim any size
+        raise OSError(errno.ENOMEM, "it is larger than the memory that is free")
+    return path.read_bytes()
+
+
 def _step_of(path: Path) -> int:
     """The step of a checkpoint, by its end or, where that is not ours, by its name; -1 where neither says it.
 
     One that can't be read counts as the newest, so that it is not taken for an old one and removed.
     """
     try:
+        files.refuse_special(path)
         with path.open("rb") as file:
             file.seek(-min(_SEAL_BYTES, path.stat().st_size), os.SEEK_END)
             if (seal := _SEAL.fullmatch(file.read())) is not None:

@@ -36,11 +36,12 @@ from cifarlab.graphs import StepGraphs, Tensors
 from cifarlab.models import parameter_count
 from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
+from cifarlab.models.weights import put_back
 from cifarlab.optim import ByGroups, build_optimizer, set_learning_rate
 from cifarlab.pruning import Pruned, Pruning
 from cifarlab.recipe import Recipe
 from cifarlab.recipe_schedule import OneCycleSchedule
-from cifarlab.rundir import RunFolder, serialized
+from cifarlab.rundir import OF_BEST, RunFolder, has, serialized
 from cifarlab.schedule import values as schedule_values
 from cifarlab.seeds import derive_seed
 
@@ -308,6 +309,10 @@ def train(
     if saved is not None:
         _restore(saved, task, take_step, pruning, run)
         step = saved_step = saved["step"]
+        if step > total_steps:
+            raise NotARunError(
+                f"the checkpoint of step {step} of {run.path} does not fit: it trains {total_steps} steps"
+            )
         images, epochs, started = saved["images"], list(saved["epochs"]), saved["started"]
         before = saved["flops"]  # of all processes
         flops = TrainingFlops(network, before if before is None or distributed.is_first() else 0)
@@ -523,7 +528,10 @@ def train(
         )
     if best is None:
         raise DivergedError(f"the validation loss was never finite, in {run.path}; try a lower optimizer.lr")
-    model.load_state_dict(distributed.from_first(lambda: run.load_checkpoint("best.pth")["model"]))
+    try:
+        put_back(model, distributed.from_first(lambda: run.load_checkpoint("best.pth").get("model")))
+    except ValueError as error:
+        raise NotARunError(f"{run.path / 'best.pth'} does not fit the recipe's network: {error}") from error
     if task.validation is not None and task.train_sample is not None:
         validation = validate(network, task, recipe)
         sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch)
@@ -557,9 +565,9 @@ def _restore(
 ) -> None:
     """Put a checkpoint's state where it came from. Raises NotARunError where it does not fit."""
     try:
-        task.network.model.load_state_dict(saved["model"])
+        put_back(task.network.model, saved["model"])
         if task.average is not None:
-            task.average.network.model.load_state_dict(saved["average"])
+            put_back(task.average.network.model, saved["average"])
         take_step.optimizer.load_state_dict(saved["optimizer"])
         if take_step.scaler is not None and saved["scaler"] is not None:
             take_step.scaler.load_state_dict(saved["scaler"])
@@ -584,11 +592,13 @@ def _best_so_far(
         return None
     try:
         state = run.load_checkpoint("best.pth")
-        found = {name: state[name] for name in ("epoch", "val_loss", "val_accuracy", "weights")}
+        if not has(state, OF_BEST):
+            raise NotARunError(f"{run.path / 'best.pth'} is damaged: it doesn't say of which epoch it is")
+        found = {name: state[name] for name in OF_BEST}
         if not same and found["epoch"] > len(saved["epochs"]):
             raise NotARunError(f"{run.path / 'best.pth'} is of epoch {found['epoch']}, which comes anew")
         return found
-    except (NotARunError, KeyError) as error:
+    except NotARunError as error:
         if best is not None and best["epoch"] == len(saved["epochs"]) and not saved["sums"]["images"]:
             report(f"{error}; the checkpoint's weights, which are the best, take its place")
             weights = saved["average" if best["weights"] == "ema" else "model"]

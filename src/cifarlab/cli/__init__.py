@@ -273,9 +273,9 @@ def _carry_out(
 def _summary(console: Any, run: RunFolder) -> None:
     from cifarlab.metrics import rising_since
 
-    log = run.train_log()
+    log = run.trained_log()
     rising = rising_since([entry["val_loss"] for entry in log["epochs"]])
-    if log["overfitting_gap"] is not None:
+    if log["overfitting_gap"] is not None and log["best_val_accuracy"] is not None:
         averaged = " (averaged weights)" if log["best_weights"] == "ema" else ""
         console.print(
             f"best epoch {log['best_epoch']}{averaged}, validation accuracy {log['best_val_accuracy']:.2%}, "

@@ -45,5 +45,6 @@ def make_console() -> Console:
             self.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    console = Patient(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Patient(highlight=False, soft_wrap=True, width=160)
+    # What is printed has names from outside in it, where `:cat:` is no picture of a cat.
+    console = Patient(highlight=False, soft_wrap=True, emoji=False)
+    return console if console.is_terminal else Patient(highlight=False, soft_wrap=True, emoji=False, width=160)

@@ -124,7 +124,8 @@ def print_scores(console: Console, log: dict[str, Any]) -> None:
     with_tta = {f"tta: {key}": value for key, value in (log["tta"] or {}).items()}
     for key, value in {**log, **with_tta}.items():
         if key != "tta" and isinstance(value, int | float | str | None):
-            table.add_row(key, "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))
+            shown = "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+            table.add_row(Text(printable(key)), Text(printable(shown)))
     console.print(table)
 
 

