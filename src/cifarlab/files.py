@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -56,6 +57,19 @@ def is_folder(path: Path) -> bool:
         raise DataError(
             f"cannot read {path}: {error.strerror}; is it the right folder, and may you read it?"
         ) from error
+
+
+def regular_size(path: Path) -> int:
+    """The size in bytes of a file that can be read to its end. Raises OSError, also where it is no regular file.
+
+    To open a pipe would be to wait for its other end, and a device such as /dev/zero has no end.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return status.st_size
 
 
 def make_folder(path: Path, *, exist_ok: bool = True) -> None:
