@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -10,6 +11,23 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 Integer = Annotated[int, Field(strict=True)]
 Real = Annotated[float, Field(strict=True)]
 Boolean = Annotated[bool, Field(strict=True)]
+
+
+def is_path(text: str) -> bool:
+    """Whether the operating system could have a path of these characters: YAML's escapes can write any."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value that was found, for a message."""
+    return short(repr(value))
+
+
+def short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Section(BaseModel):
@@ -31,7 +49,7 @@ class Duration(Section):
     def _is_a_mapping(cls, value: Any) -> Any:
         if not isinstance(value, dict | Duration):
             raise ValueError(
-                f"expected a length such as {{epochs: 1}}, {{steps: 500}} or {{share: 0.1}}, not {value!r}"
+                f"expected a length such as {{epochs: 1}}, {{steps: 500}} or {{share: 0.1}}, not {shown(value)}"
             )
         return value
 
