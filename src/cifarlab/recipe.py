@@ -26,7 +26,7 @@ from cifarlab.recipe_sections import Augment, Data, Evaluate, Loss, Model, Train
 
 NAMED_DATASETS = ("cifar10", "cifar100", "digits")
 FOLDER_PREFIX = "folder:"
-# PyYAML takes a second for 100 kB.
+# PyYAML takes seconds for 100 kB.
 MAX_RECIPE_BYTES = 100_000
 
 
@@ -410,7 +410,7 @@ def _sentence(error: ValidationError) -> str:
     choice = None
     if len(steps) > 1 and steps[0] in _CHOICES and steps[1] in _CHOICES[steps[0]]:
         choice = steps.pop(1)  # pydantic puts the tag of a union into the path, and the type of a number
-    if len(steps) > 2 and steps[-1] in ("int", "float"):
+    if len(steps) > 2 and (steps[-1] == "float" or steps[-1].endswith("int]")):
         steps.pop()
     field = ".".join(steps)
     kind, found = problem["type"], problem["input"]
@@ -430,7 +430,8 @@ def _sentence(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if kind == "value_error" and not field:
         return message
-    return f"{field}: {message[:1].lower() + message[1:]}" + ("" if kind == "value_error" else f", not {shown(found)}")
+    where = f"{field}: " if field else ""
+    return f"{where}{message[:1].lower() + message[1:]}" + ("" if kind == "value_error" else f", not {shown(found)}")
 
 
 def _fields_of(path: list[str], choice: str | None) -> Iterable[str]:

@@ -5,10 +5,28 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from cifarlab.errors import printable
+
+
+def _of_64_bits(value: int) -> int:
+    # As in recipe files. Not `lt`, which would replace a field's own.
+    if value >= 2**63:
+        raise ValueError("an integer of more than 64 bits")
+    return value
+
 
 # Strict: pydantic would otherwise take `true` for 1, "50" for 50 and "yes" for true.
-Integer = Annotated[int, Field(strict=True)]
+Integer = Annotated[int, Field(strict=True), AfterValidator(_of_64_bits)]
 Real = Annotated[float, Field(strict=True)]
 Boolean = Annotated[bool, Field(strict=True)]
 
@@ -27,7 +45,8 @@ def shown(value: Any) -> str:
 
 
 def short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+    """Text from outside, for a message."""
+    return printable(text if len(text) <= 60 else text[:57] + "...")
 
 
 class Section(BaseModel):

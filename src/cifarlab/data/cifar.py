@@ -327,7 +327,9 @@ class _Archive:
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                     raise DataError(f"{self.where(name)} is not a regular file; get the archive again")
                 if not 0 <= member.size <= _MAX_FILE:
-                    raise DataError(f"{self.where(name)} has {member.size:,} bytes, which no file of CIFAR has")
+                    raise DataError(
+                        f"{self.where(name)} has {member.size:,} bytes, which no file of CIFAR has; get it again"
+                    )
                 file = archive.extractfile(member)
                 data = b"" if file is None else file.read()
                 if len(data) != member.size:
