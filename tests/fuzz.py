@@ -21,6 +21,7 @@ import resource
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -113,13 +114,30 @@ WORDS = [
     b"[" * 100_000, b'{"a":' * 100_000, b"-Infinity", b"1E400", b"9" * 400, b'"\\udc80"',
 ]  # fmt: skip
 
+PAX = [
+    "-1",
+    "0",
+    "1",
+    "x",
+    "",
+    "1.5",
+    "nan",
+    "1,2,3",
+    "-5,9",
+    "0," + "9" * 20,
+    "../x",
+    "/etc/passwd",
+    "9" * 30,
+    "BINARY",
+]
+
 
 def changed(data: bytes, draw: random.Random, others: list[bytes], words: list[bytes] | None = None) -> bytes:
     """The bytes with one to eight changes."""
     for _ in range(draw.choice([1, 1, 1, 2, 3, 5, 8])):
         at = draw.randrange(len(data) + 1)
         length = draw.choice([1, 2, 4, 16, 300, 5000])
-        match draw.randrange(9 if words is None else 12):
+        match draw.randrange(9 if words is None else 16):
             case 0 | 1 if at < len(data):
                 data = data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
             case 2 | 3:
@@ -205,14 +223,17 @@ def pickles(place: Path) -> Target:
     target = _files_of(folder)
     batches = python_batches(data)
     corpus = [pickled(batch, protocol) for batch in batches.values() for protocol in ("official", 0, 2, 3, 4, 5)]
-    # Without pixels, of which most changes would change one only.
-    corpus += [
-        pickled({**batches["test_batch"], "data": np.zeros((1, 4), np.uint8)}, protocol) for protocol in range(6)
-    ]
-    corpus += [pickle.dumps(value) for value in ({"data": [1, 2**70, None, b"x"]}, ["x"], {"a": {"b": ("c", 1.5)}})]
+    # Mostly without pixels, of which most changes would change one only.
+    small = {**batches["test_batch"], "data": np.zeros((1, 4), np.uint8)}
+    bare = [pickled(value, protocol) for value in (small, batches["batches.meta"]) for protocol in range(6)]
+    bare += [pickle.dumps(value) for value in ({"data": [1, 2**70, None, b"x"]}, ["x"], {"a": {"b": ("c", 1.5)}})]
 
     def draw_one(draw: random.Random) -> bytes:
-        return draw.choice([b"test_batch", b"batches.meta"]) + b"\0" + changed(draw.choice(corpus), draw, corpus)
+        return (
+            draw.choice([b"test_batch", b"batches.meta"])
+            + b"\0"
+            + changed(draw.choice(draw.choice([corpus, bare, bare])), draw, bare)
+        )
 
     return Target(draw_one, target.read)
 
@@ -226,13 +247,23 @@ def archives(place: Path) -> Target:
     whole = write_archive(tiny("cifar10", train=5, test=1), place)
     packed = whole.read_bytes()
     inside = gzip.decompress(packed)
+    headers = [at for at in range(0, len(inside), 512) if inside[at + 257 : at + 262] == b"ustar"]
 
     def draw_one(draw: random.Random) -> bytes:
         if draw.random() < 0.1:
             return changed(packed, draw, [packed])
         data = inside
-        if draw.random() < 0.8:  # in a header, whose checksum is then put right
-            headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
+        if draw.random() < 0.2:  # a pax header, of a record that contradicts what comes after it
+            header = tarfile.TarInfo("x")
+            key = draw.choice(
+                ["size", "path", "mtime", "hdrcharset", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major"]
+            )
+            text = f" {key}={draw.choice(PAX)}\n".encode()
+            text = b"%d" % draw.choice([len(text) + 2, len(text) + 2, 0, 5, 10**9]) + text
+            header.type, header.size = tarfile.XHDTYPE, len(text)
+            at = draw.choice(headers)
+            data = data[:at] + header.tobuf(tarfile.USTAR_FORMAT) + text.ljust(512, b"\0") + data[at:]
+        elif draw.random() < 0.8:  # in a header, whose checksum is then put right
             at = draw.choice(headers)
             header = bytearray(changed(data[at : at + 512], draw, [data[at : at + 512]])[:512].ljust(512, b"\0"))
             if draw.random() < 0.5:
@@ -347,7 +378,8 @@ def records(place: Path) -> Target:
     def draw_one(draw: random.Random) -> bytes:
         name = draw.choice(list(whole))
         if draw.random() < 0.4:
-            data = changed(whole[name], draw, list(whole.values()), WORDS)
+            start = whole[name] if draw.random() < 0.8 else b""
+            data = changed(start, draw, list(whole.values()), WORDS)
         elif name == "recipe.yaml":
             data = yaml.safe_dump(changed_value(yaml.safe_load(whole[name]), draw)).encode(errors="surrogatepass")
         else:

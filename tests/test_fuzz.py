@@ -17,7 +17,7 @@ from cifarlab.errors import DataError, RecipeError
 from cifarlab.recipe import Recipe, fingerprint, load_recipe, make_recipe, parse_yaml
 from fuzz import HOSTILE, TARGETS, NoEndError, Target, check
 
-EXAMPLES = {"image": 150, "recipe": 60, "record": 60, "checkpoint": 60}
+EXAMPLES = {"pickle": 400, "archive": 300, "recipe": 100, "record": 100, "checkpoint": 60}
 
 
 @pytest.mark.parametrize("parser", list(TARGETS))
