@@ -114,22 +114,8 @@ WORDS = [
     b"[" * 100_000, b'{"a":' * 100_000, b"-Infinity", b"1E400", b"9" * 400, b'"\\udc80"',
 ]  # fmt: skip
 
-PAX = [
-    "-1",
-    "0",
-    "1",
-    "x",
-    "",
-    "1.5",
-    "nan",
-    "1,2,3",
-    "-5,9",
-    "0," + "9" * 20,
-    "../x",
-    "/etc/passwd",
-    "9" * 30,
-    "BINARY",
-]
+PAX_KEYS = ["size", "path", "mtime", "hdrcharset", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major"]
+PAX = ["-1", "0", "1", "x", "", "1.5", "nan", "1,2,3", "-5,9", "0," + "9" * 20, "../x", "/etc/passwd", "9" * 30]
 
 
 def changed(data: bytes, draw: random.Random, others: list[bytes], words: list[bytes] | None = None) -> bytes:
@@ -229,11 +215,8 @@ def pickles(place: Path) -> Target:
     bare += [pickle.dumps(value) for value in ({"data": [1, 2**70, None, b"x"]}, ["x"], {"a": {"b": ("c", 1.5)}})]
 
     def draw_one(draw: random.Random) -> bytes:
-        return (
-            draw.choice([b"test_batch", b"batches.meta"])
-            + b"\0"
-            + changed(draw.choice(draw.choice([corpus, bare, bare])), draw, bare)
-        )
+        start = draw.choice(draw.choice([corpus, bare, bare]))
+        return draw.choice([b"test_batch", b"batches.meta"]) + b"\0" + changed(start, draw, bare)
 
     return Target(draw_one, target.read)
 
@@ -254,15 +237,13 @@ def archives(place: Path) -> Target:
             return changed(packed, draw, [packed])
         data = inside
         if draw.random() < 0.2:  # a pax header, of a record that contradicts what comes after it
-            header = tarfile.TarInfo("x")
-            key = draw.choice(
-                ["size", "path", "mtime", "hdrcharset", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major"]
-            )
+            member = tarfile.TarInfo("x")
+            key = draw.choice(PAX_KEYS)
             text = f" {key}={draw.choice(PAX)}\n".encode()
             text = b"%d" % draw.choice([len(text) + 2, len(text) + 2, 0, 5, 10**9]) + text
-            header.type, header.size = tarfile.XHDTYPE, len(text)
+            member.type, member.size = tarfile.XHDTYPE, len(text)
             at = draw.choice(headers)
-            data = data[:at] + header.tobuf(tarfile.USTAR_FORMAT) + text.ljust(512, b"\0") + data[at:]
+            data = data[:at] + member.tobuf(tarfile.USTAR_FORMAT) + text.ljust(512, b"\0") + data[at:]
         elif draw.random() < 0.8:  # in a header, whose checksum is then put right
             at = draw.choice(headers)
             header = bytearray(changed(data[at : at + 512], draw, [data[at : at + 512]])[:512].ljust(512, b"\0"))
@@ -378,8 +359,8 @@ def records(place: Path) -> Target:
     def draw_one(draw: random.Random) -> bytes:
         name = draw.choice(list(whole))
         if draw.random() < 0.4:
-            start = whole[name] if draw.random() < 0.8 else b""
-            data = changed(start, draw, list(whole.values()), WORDS)
+            data = changed(whole[name], draw, list(whole.values()), WORDS)
+            data = draw.choice(WORDS) if draw.random() < 0.2 else data
         elif name == "recipe.yaml":
             data = yaml.safe_dump(changed_value(yaml.safe_load(whole[name]), draw)).encode(errors="surrogatepass")
         else:
