@@ -335,6 +335,32 @@ def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path, kind: bytes)
     assert "truncated or damaged (a header of 1,048,576 bytes)" in refusal(lambda: read_cifar("cifar10", tmp_path))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pax_headers": {"size": "9" * 30}},
+        {"size": 2**70},
+        {"size": 2**70, "type": tarfile.GNUTYPE_SPARSE},
+        {"type": b"Z", "size": 2**60},
+        {"pax_headers": {"size": "9" * 30, "GNU.sparse.size": "1"}},
+    ],
+)
+def test_a_member_that_ends_nowhere_is_not_looked_for(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = archive_of(tmp_path / "in", {"name": "readme", **fields})
+    message = refusal(lambda: read_cifar("cifar10", tmp_path / "in"))
+    assert str(path) in message and "again" in message
+
+
+def test_many_headers_before_one_member_end(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1000
+    chain = (header.tobuf(tarfile.USTAR_FORMAT) + (b"1" * 1000).ljust(1024, b"\0")) * 30
+    # One that tarfile passes over, and the member.
+    chain += tarfile.TarInfo("y").tobuf(tarfile.USTAR_FORMAT)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(gzip.compress(chain * 900, 1))
+    assert "truncated or damaged" in refusal(lambda: read_cifar("cifar10", tmp_path))
+
+
 def test_a_bomb_of_a_gigabyte_is_stopped_at_a_limit_that_can_be_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

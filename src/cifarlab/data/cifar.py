@@ -315,12 +315,18 @@ class _Archive:
 
     def read_members(self, stream: _Limited, names: frozenset[str]) -> None:
         # A tar stream ("r|") can only go forward, so a member with a negative size (CVE-2025-8194) cannot loop.
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=2**20, tarinfo=_Header) as archive:
+        class Header(_Header):
+            seen = 0
+
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=2**20, tarinfo=Header) as archive:
             for count, member in enumerate(archive):
                 if count >= _MAX_MEMBERS:
                     raise DataError(f"{self.path} has more than {_MAX_MEMBERS} members, which no archive of CIFAR has")
                 folder, _, name = member.name.removeprefix("./").partition("/")
                 if folder != self.folder or name not in names:
+                    # `tarfile` goes to its end in steps, and counts on when the stream has ended.
+                    if archive.offset > stream.most:
+                        raise _too_much(self.path, stream.most)
                     continue
                 if name in self.contents:
                     raise DataError(f"{self.where(name)} is there twice; get the archive again")
@@ -349,15 +355,20 @@ class _Archive:
 class _Header(tarfile.TarInfo):
     """A header that says nothing long of the member after it: `tarfile` reads that whole, and searches it.
 
-    A pax header of 1 MB of digits takes half an hour in Python before 3.11.10 and 3.12.6 (CVE-2024-6232).
+    A pax header of 1 MB of digits takes half an hour in Python before 3.11.10 and 3.12.6 (CVE-2024-6232), and many of
+    them may stand before one member. Counted by a class for each archive.
     """
 
+    seen = 0
     _LONG = b"LKxgX"  # GNU's long names and links, and pax headers
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
-        if header.type in cls._LONG and header.size > 2**13:
+        cls.seen += 1
+        if cls.seen > 2 * _MAX_MEMBERS:
+            raise tarfile.ReadError(f"more than {2 * _MAX_MEMBERS:,} headers")
+        if header.type in cls._LONG and header.size > 2**10:
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
         return header
 
