@@ -365,11 +365,12 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
-        cls.seen += 1
-        if cls.seen > 2 * _MAX_MEMBERS:
-            raise tarfile.ReadError(f"more than {2 * _MAX_MEMBERS:,} headers")
-        if header.type in cls._LONG and header.size > 2**10:
-            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        if header.type in cls._LONG:
+            cls.seen += 1
+            if header.size > 2**10:
+                raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+            if cls.seen > 200:
+                raise tarfile.ReadError("more than 200 headers that go before others")
         return header
 
 
