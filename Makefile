@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format torture clean
+.PHONY: demo test check format torture fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/cifarlab run ex1 --dataset digits --set train.epochs=20
@@ -23,6 +23,12 @@ check: $(STAMP)
 # Every fault of the disk, and kills, at every point of a run.
 torture: $(STAMP)
 	$(BIN)/python tests/torture.py
+
+# Every parser of anything from outside, on damaged files, for so many minutes.
+MINUTES ?= 10
+fuzz: $(STAMP)
+	for parser in pickle binary archive parquet image recipe record checkpoint; do \
+		$(BIN)/python tests/fuzz.py $$parser --minutes $(MINUTES) || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

@@ -259,7 +259,7 @@ def test_what_is_no_file_is_not_waited_for(name: str, kind: str, tmp_path: Path)
     folder = make_run(tmp_path / "run")
     stand_in(folder.path / name, kind)
     said = sentence_of(lambda: WAYS_TO_READ[name](folder), NotARunError)
-    reason = "Is a directory" if kind == "folder" else "it is no regular file"
+    reason = "Is a directory" if kind == "folder" else "it is not a regular file"
     assert said.startswith(f"cannot read {folder.path / name}: {reason}")
     assert (folder.path / name).exists(), "it was set aside"
 

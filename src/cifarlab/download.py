@@ -26,6 +26,7 @@ Report = Callable[[str], None]
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _ENOUGH_PROGRESS = 2**20  # a connection that brought this many bytes was not a failed try
 _REPORT_EVERY = 5.0  # seconds
+_SIZE = re.compile(r"[0-9]{1,15}")  # Python reads no number of more than 4,300 digits
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -315,7 +316,7 @@ def _announced(response: Any, file: AnnouncedFile) -> RemoteFile:
         _check_status(response, (200,))
     size = hop.headers.get("X-Linked-Size") or hop.headers.get("Content-Length", "")
     digest = file.sha256 or hop.headers.get("X-Linked-Etag", "").strip('"')
-    if not size.isdecimal():
+    if not _SIZE.fullmatch(size):
         raise _FailedError(f"does not say how large {file.filename} is")
     if file.sha256 is None and not _SHA256.fullmatch(digest):
         raise _FailedError(f"announces no SHA-256 of {file.filename}")
@@ -332,7 +333,7 @@ def _start_of(response: Any, file: RemoteFile, start: int) -> int:
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise _FailedError(f"sent {file.filename} with an encoding that was not asked for")
     length = response.headers.get("Content-Length", "")
-    if length.isdecimal() and int(length) != file.size - start:
+    if _SIZE.fullmatch(length) and int(length) != file.size - start:
         raise _FailedError(f"has another file than the pinned one: {int(length):,} bytes, not {file.size - start:,}")
     return start
 

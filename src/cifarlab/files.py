@@ -59,11 +59,17 @@ def is_folder(path: Path) -> bool:
         ) from error
 
 
-def refuse_special(path: Path) -> None:
-    """Raise OSError where `path` is a pipe or a device: reading the one waits, and of the other never ends."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder's own error says more
-        raise OSError(errno.EINVAL, "it is no regular file")
+def regular_size(path: Path) -> int:
+    """The size in bytes of a file that can be read to its end. Raises OSError, also where it is no regular file.
+
+    To open a pipe would be to wait for its other end, and a device such as /dev/zero has no end.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return status.st_size
 
 
 def make_folder(path: Path, *, exist_ok: bool = True) -> None:

@@ -19,24 +19,29 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from cifarlab import files
 from cifarlab.errors import RecipeError, nearest
-from cifarlab.recipe_base import Duration, Integer, Section
+from cifarlab.recipe_base import Duration, Integer, Section, is_path, short, shown
 from cifarlab.recipe_optimizer import Optimizer
 from cifarlab.recipe_schedule import Schedule
 from cifarlab.recipe_sections import Augment, Data, Evaluate, Loss, Model, Train
 
 NAMED_DATASETS = ("cifar10", "cifar100", "digits")
 FOLDER_PREFIX = "folder:"
-MAX_RECIPE_BYTES = 1_000_000
+# PyYAML takes seconds for 100 kB.
+MAX_RECIPE_BYTES = 100_000
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", re.IGNORECASE)
 
 
 def check_dataset_name(name: str) -> str:
     """Return `name` if it is a dataset's name or `folder:PATH`; raise RecipeError otherwise."""
+    if not is_path(name):
+        raise RecipeError(f"dataset {shown(name)} has a character that no path can have")
     if name in NAMED_DATASETS or (name.startswith(FOLDER_PREFIX) and len(name) > len(FOLDER_PREFIX)):
         return name
     if name.startswith(FOLDER_PREFIX):
         raise RecipeError("dataset 'folder:' names no path; write folder:PATH, the folder with one folder per class")
-    raise RecipeError(f"unknown dataset '{name}'; {nearest(name, NAMED_DATASETS)} (or folder:PATH for your own images)")
+    raise RecipeError(
+        f"unknown dataset '{short(name)}'; {nearest(short(name), NAMED_DATASETS)} (or folder:PATH for your own images)"
+    )
 
 
 class Recipe(Section):
@@ -249,7 +254,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         path = Path(source)
         origin = str(path)
         try:
-            if path.stat().st_size > MAX_RECIPE_BYTES:
+            if files.regular_size(path) > MAX_RECIPE_BYTES:
                 raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES:,} bytes; a recipe is a small YAML file")
             text = path.read_text(encoding="utf-8")
         except OSError as error:
@@ -264,7 +269,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(values: Any, overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:
     """Validate plain values with overrides applied. Raises RecipeError."""
     if not isinstance(values, dict):
-        raise RecipeError(f"{origin}: expected sections such as 'model:' and 'train:', found {_shown(values)}")
+        raise RecipeError(f"{origin}: expected sections such as 'model:' and 'train:', found {shown(values)}")
     for override in overrides:
         values = _override(values, override)
     try:
@@ -277,7 +282,11 @@ def make_recipe(values: Any, overrides: Sequence[str] = (), origin: str = "recip
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with three changes: `1e-3` is a number, a key may stand once, and there are no aliases."""
+    """PyYAML's safe loader, with four changes.
+
+    `1e-3` is a number, a key may stand once, there are no aliases, and integers have 64 bits: Python prints no longer
+    ones than of 4,300 digits, and takes its time for those.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -292,10 +301,19 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark
+                    None, None, f"the key '{short(key_node.value)}' stands twice", key_node.start_mark
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # 64 binary digits, a sign and 0b.
+        if len(node.value) <= 67 and -(2**63) <= (value := super().construct_yaml_int(node)) < 2**63:
+            return value
+        raise yaml.constructor.ConstructorError(None, None, "an integer of more than 64 bits", node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 # YAML 1.1 asks for a dot in a float with an exponent; people write 1e-3.
@@ -323,6 +341,8 @@ _Dumper.add_representer(float, _represent_float)
 
 def parse_yaml(text: str, origin: str) -> Any:
     """Read one YAML document. Raises RecipeError that names the line."""
+    if len(text) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{origin}: more than {MAX_RECIPE_BYTES:,} characters; a recipe is a small YAML file")
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -360,7 +380,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> di
     if inner is None or (key.startswith("train.numerics.") and inner in ("auto", "exact")):
         inner = {}
     if not isinstance(inner, dict):
-        raise RecipeError(f"--set {key}: '{head}' is {_shown(inner)}, which has no field '{rest[0]}'")
+        raise RecipeError(f"--set {key}: '{head}' is {shown(inner)}, which has no field '{rest[0]}'")
     # A duration has one unit: setting another replaces it.
     if len(rest) == 1 and rest[0] in _DURATION_KEYS and inner.keys() <= _DURATION_KEYS:
         inner = {}
@@ -386,21 +406,16 @@ _CHOICES = {"optimizer": _choices(Optimizer), "schedule": _choices(Schedule)}
 # --- sentences ----------------------------------------------------------------------------------
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _sentence(error: ValidationError) -> str:
     """The first thing that is wrong, in words: the field, what was expected, what was found."""
     # An unknown key is the likeliest cause of whatever else is reported.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    steps = [str(step) for step in problem["loc"]]
+    steps = [short(str(step)) for step in problem["loc"]]
     choice = None
     if len(steps) > 1 and steps[0] in _CHOICES and steps[1] in _CHOICES[steps[0]]:
         choice = steps.pop(1)  # pydantic puts the tag of a union into the path, and the type of a number
-    if len(steps) > 2 and steps[-1] in ("int", "float"):
+    if len(steps) > 2 and (steps[-1] == "float" or steps[-1].endswith("int]")):
         steps.pop()
     field = ".".join(steps)
     kind, found = problem["type"], problem["input"]
@@ -409,17 +424,19 @@ def _sentence(error: ValidationError) -> str:
         known = _fields_of(steps[:-1], choice)
         return f"unknown key '{field}'; {choice or owner} has no '{steps[-1]}': {nearest(steps[-1], known)}"
     if kind == "union_tag_invalid":
-        return f"unknown {field} '{problem['ctx']['tag']}'; {nearest(problem['ctx']['tag'], _CHOICES[steps[0]])}"
+        tag = short(problem["ctx"]["tag"])
+        return f"unknown {field} '{tag}'; {nearest(tag, _CHOICES[steps[0]])}"
     if kind == "union_tag_not_found":
         return f"'{field}.name' is missing; choose from {', '.join(sorted(_CHOICES[steps[0]]))}"
     if kind == "missing":
         return f"'{field}' is missing"
     if kind == "literal_error":
-        return f"{field}: expected {problem['ctx']['expected']}, not {_shown(found)}"
+        return f"{field}: expected {problem['ctx']['expected']}, not {shown(found)}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if kind == "value_error" and not field:
         return message
-    return f"{field}: {message[:1].lower() + message[1:]}" + ("" if kind == "value_error" else f", not {_shown(found)}")
+    where = f"{field}: " if field else ""
+    return f"{where}{message[:1].lower() + message[1:]}" + ("" if kind == "value_error" else f", not {shown(found)}")
 
 
 def _fields_of(path: list[str], choice: str | None) -> Iterable[str]:

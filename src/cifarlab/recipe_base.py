@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from cifarlab.errors import printable
+
+
+def _of_64_bits(value: int) -> int:
+    # As in recipe files. Not `lt`, which would replace a field's own.
+    if value >= 2**63:
+        raise ValueError("an integer of more than 64 bits")
+    return value
+
 
 # Strict: pydantic would otherwise take `true` for 1, "50" for 50 and "yes" for true.
-Integer = Annotated[int, Field(strict=True)]
+Integer = Annotated[int, Field(strict=True), AfterValidator(_of_64_bits)]
 Real = Annotated[float, Field(strict=True)]
 Boolean = Annotated[bool, Field(strict=True)]
+
+
+def is_path(text: str) -> bool:
+    """Whether the operating system could have a path of these characters: YAML's escapes can write any."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value that was found, for a message."""
+    return short(repr(value))
+
+
+def short(text: str) -> str:
+    """Text from outside, for a message."""
+    return printable(text if len(text) <= 60 else text[:57] + "...")
 
 
 class Section(BaseModel):
@@ -31,7 +68,7 @@ class Duration(Section):
     def _is_a_mapping(cls, value: Any) -> Any:
         if not isinstance(value, dict | Duration):
             raise ValueError(
-                f"expected a length such as {{epochs: 1}}, {{steps: 500}} or {{share: 0.1}}, not {value!r}"
+                f"expected a length such as {{epochs: 1}}, {{steps: 500}} or {{share: 0.1}}, not {shown(value)}"
             )
         return value
 

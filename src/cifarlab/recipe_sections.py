@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from cifarlab.recipe_base import Boolean, Duration, Integer, Real, Section
+from cifarlab.recipe_base import Boolean, Duration, Integer, Real, Section, is_path, shown
 
 MAX_SIDE = 2048
 
@@ -19,6 +19,12 @@ class Data(Section):
         "bilinear", description="how images are resized (antialiased)"
     )
     bad_files: Literal["refuse", "skip"] = Field("refuse", description="what to do with unreadable images of a folder")
+    max_pixels: Integer = Field(
+        89_478_485,
+        ge=1,
+        le=2**30,
+        description="pixels that an image of a folder may have; decoding takes up to 20 bytes for each, in each thread",
+    )
     memory: Integer | None = Field(
         None,
         ge=1,
@@ -108,12 +114,12 @@ def _check_freeze_late(value: Any) -> Any:
     if not pairs or not all(good):
         raise ValueError(
             "expected pairs of a share of the run (more than 0, less than 1) and so many stages, as in [[0.8, 3]], "
-            f"not {value!r}"
+            f"not {shown(value)}"
         )
     for column in zip(*pairs, strict=True):
         if list(column) != sorted(set(column)):
             raise ValueError(
-                f"shares and stages must rise from pair to pair, as in [[0.6, 1], [0.8, 3]], not {value!r}"
+                f"shares and stages must rise from pair to pair, as in [[0.6, 1], [0.8, 3]], not {shown(value)}"
             )
     return tuple((float(share), stages) for share, stages in pairs)
 
@@ -122,9 +128,11 @@ Progression = tuple[tuple[Real, Integer], ...]
 
 
 def _check_pretrained(value: Any) -> Any:
-    if isinstance(value, bool) or (isinstance(value, str) and value.endswith((".safetensors", ".pth", ".pt"))):
+    if isinstance(value, bool) or (
+        isinstance(value, str) and value.endswith((".safetensors", ".pth", ".pt")) and is_path(value)
+    ):
         return value
-    raise ValueError(f"expected true, false or the path of a .safetensors or .pth file, not {value!r}")
+    raise ValueError(f"expected true, false or the path of a .safetensors or .pth file, not {shown(value)}")
 
 
 class Model(Section):
@@ -248,7 +256,7 @@ def _check_numerics(value: Any) -> Any:
             raise ValueError(f"{field}{message[:1].lower()}{message[1:]}") from None
     raise ValueError(
         "expected exact (fp32, eager, deterministic), auto (the fastest here, by measurement) or a choice such as "
-        f"{{dtype: bfloat16, channels_last: true}}, not {value!r}"
+        f"{{dtype: bfloat16, channels_last: true}}, not {shown(value)}"
     )
 
 
@@ -266,7 +274,9 @@ def _check_resolution(value: Any) -> Any:
     if value is None or _is_side(value):
         return value
     if not isinstance(value, list | tuple):
-        raise ValueError(f"expected pixels from 1 to {MAX_SIDE}, or [[share of the run, pixels], ...], not {value!r}")
+        raise ValueError(
+            f"expected pixels from 1 to {MAX_SIDE}, or [[share of the run, pixels], ...], not {shown(value)}"
+        )
     shares = []
     for pair in value:
         good = isinstance(pair, list | tuple) and len(pair) == 2 and _is_side(pair[1])
@@ -276,14 +286,14 @@ def _check_resolution(value: Any) -> Any:
             )
         shares.append(float(pair[0]))
     if not shares or shares[0] != 0 or shares != sorted(set(shares)):
-        raise ValueError(f"the shares must begin with 0 and rise, as in [[0, 64], [0.3, 96]], not {value!r}")
+        raise ValueError(f"the shares must begin with 0 and rise, as in [[0, 64], [0.3, 96]], not {shown(value)}")
     return tuple((share, pair[1]) for share, pair in zip(shares, value, strict=True))
 
 
 def _check_batch_size(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 1):
         return value
-    raise ValueError(f"expected a number of images from 1 on, or auto, not {value!r}")
+    raise ValueError(f"expected a number of images from 1 on, or auto, not {shown(value)}")
 
 
 class Prune(Section):
@@ -394,7 +404,7 @@ def check_tta(value: Any) -> Any:
         return value
     raise ValueError(
         "expected flip, crops, diagonal, auto (the better on validation), a number of augmented views from 2 to 1000, "
-        f"or null, not {value!r}"
+        f"or null, not {shown(value)}"
     )
 
 

@@ -287,8 +287,7 @@ class RunFolder:
     def _text(self, name: str, most: int) -> str:
         path = self.path / name
         try:
-            files.refuse_special(path)
-            if path.stat().st_size > most:
+            if files.regular_size(path) > most:
                 raise NotARunError(f"{path} is larger than {most:,} bytes; it was not written by cifarlab")
             return path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -361,8 +360,7 @@ def _verified(data: bytes) -> tuple[bytes, bool]:
 
 def _bytes(path: Path) -> bytes:
     """A checkpoint's file. Raises OSError, also for what is no regular file or does not fit into memory."""
-    files.refuse_special(path)
-    if path.stat().st_size > machine.available_memory():  # a sparse file may claim any size
+    if files.regular_size(path) > machine.available_memory():  # a sparse file may claim any size
         raise OSError(errno.ENOMEM, "it is larger than the memory that is free")
     return path.read_bytes()
 
@@ -373,9 +371,9 @@ def _step_of(path: Path) -> int:
     One that can't be read counts as the newest, so that it is not taken for an old one and removed.
     """
     try:
-        files.refuse_special(path)
+        size = files.regular_size(path)
         with path.open("rb") as file:
-            file.seek(-min(_SEAL_BYTES, path.stat().st_size), os.SEEK_END)
+            file.seek(-min(_SEAL_BYTES, size), os.SEEK_END)
             if (seal := _SEAL.fullmatch(file.read())) is not None:
                 return int(seal[1])
     except OSError:

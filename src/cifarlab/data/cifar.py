@@ -19,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
 import json
+import os
 import re
 import struct
 import tarfile
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -45,6 +47,8 @@ _MAX_FILE = 2**28
 _MAX_ARCHIVE = 2**29
 _MAX_MEMBERS = 1000
 _MAX_PNG = 2**16
+_MAX_NAMES = 2**16
+_MAX_NAME = 200  # characters of a class's name
 
 # One line of text beside files that `download` wrote: where their bytes came from.
 _ORIGIN_FILE = "cifarlab-source.txt"
@@ -220,7 +224,7 @@ def find(cifar: Cifar, folder: Path) -> Found | None:
     forms = (("python", cifar.python_folder, _read_python), ("binary", cifar.binary_folder, _read_binary))
     for form, name, read in forms:
         # A cached download of an earlier run is complete or not there at all, so what is incomplete is the user's.
-        is_inside = name in present and (folder / name).is_dir()
+        is_inside = name in present and files.is_folder(folder / name)
         if is_inside or folder.absolute().name == name:
             plain = _Folder(folder / name if is_inside else folder)
             return Found(f"{form} files in {plain.path}{plain.origin()}", (), partial(read, cifar, plain))
@@ -271,8 +275,11 @@ class _Folder:
 
     def origin(self) -> str:
         """Where a download came from, if `write_binary` wrote this folder."""
+        path = self.path / _ORIGIN_FILE
         try:
-            text = (self.path / _ORIGIN_FILE).read_text(encoding="utf-8")[:500]
+            files.regular_size(path)
+            with path.open(encoding="utf-8") as file:
+                text = file.read(500)
         except (OSError, UnicodeError):
             return ""
         return ", downloaded from " + " ".join(text.split())
@@ -294,6 +301,7 @@ class _Archive:
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         names = tuple(names)
         try:
+            files.regular_size(self.path)
             with gzip.open(self.path) as stream:
                 self.read_members(_Limited(stream, self.path), frozenset(names))
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
@@ -307,19 +315,27 @@ class _Archive:
 
     def read_members(self, stream: _Limited, names: frozenset[str]) -> None:
         # A tar stream ("r|") can only go forward, so a member with a negative size (CVE-2025-8194) cannot loop.
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=2**20) as archive:
+        class Header(_Header):
+            seen = 0
+
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=2**20, tarinfo=Header) as archive:
             for count, member in enumerate(archive):
                 if count >= _MAX_MEMBERS:
                     raise DataError(f"{self.path} has more than {_MAX_MEMBERS} members, which no archive of CIFAR has")
                 folder, _, name = member.name.removeprefix("./").partition("/")
                 if folder != self.folder or name not in names:
+                    # `tarfile` goes to its end in steps, and counts on when the stream has ended.
+                    if archive.offset > stream.most:
+                        raise _too_much(self.path, stream.most)
                     continue
                 if name in self.contents:
                     raise DataError(f"{self.where(name)} is there twice; get the archive again")
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                     raise DataError(f"{self.where(name)} is not a regular file; get the archive again")
                 if not 0 <= member.size <= _MAX_FILE:
-                    raise DataError(f"{self.where(name)} has {member.size:,} bytes, which no file of CIFAR has")
+                    raise DataError(
+                        f"{self.where(name)} has {member.size:,} bytes, which no file of CIFAR has; get it again"
+                    )
                 file = archive.extractfile(member)
                 data = b"" if file is None else file.read()
                 if len(data) != member.size:
@@ -336,13 +352,52 @@ class _Archive:
         return self.contents.pop(name)  # each file is parsed once; its memory is free afterwards
 
 
+class _Header(tarfile.TarInfo):
+    """A header that says nothing long of the member after it: `tarfile` reads that whole, and searches it.
+
+    A pax header of 1 MB of digits takes half an hour in Python before 3.11.10 and 3.12.6 (CVE-2024-6232), and many of
+    them may stand before one member. Counted by a class for each archive.
+    """
+
+    seen = 0
+    _LONG = b"LKxgX"  # GNU's long names and links, and pax headers
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in cls._LONG:
+            cls.seen += 1
+            if header.size > 2**10:
+                raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+            if cls.seen > 200:
+                raise tarfile.ReadError("more than 200 headers that go before others")
+        return header
+
+
+def _most_bytes() -> int:
+    """What an archive, or a parquet file, may unpack to: `CIFARLAB_MAX_MB`, or else 537 MB. Raises DataError."""
+    chosen = os.environ.get("CIFARLAB_MAX_MB")
+    if not chosen:
+        return _MAX_ARCHIVE
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", chosen):
+        raise DataError(f"CIFARLAB_MAX_MB is {chosen[:40]!r}; expected a whole number of MB, such as 2000")
+    return int(chosen) * 1_000_000
+
+
+def _too_much(path: Path, most: int) -> DataError:
+    return DataError(
+        f"{path} unpacks to more than {most:,} bytes, and the whole of CIFAR has 184,000,000; get it again, "
+        "or allow more (MB) with CIFARLAB_MAX_MB"
+    )
+
+
 class _Limited(io.RawIOBase):
-    """A stream that ends in an error after `_MAX_ARCHIVE` bytes: 1 MB of gzip can hold 1 GB of zeros."""
+    """A stream that ends in an error after `_most_bytes`: 1 MB of gzip can hold 1 GB of zeros."""
 
     def __init__(self, stream: gzip.GzipFile, path: Path) -> None:
         self.stream = stream
         self.path = path
-        self.left = _MAX_ARCHIVE
+        self.most = self.left = _most_bytes()
 
     def readable(self) -> bool:
         return True
@@ -351,7 +406,7 @@ class _Limited(io.RawIOBase):
         data = self.stream.read(size)
         self.left -= len(data)
         if self.left < 0:
-            raise DataError(f"{self.path} unpacks to more than {_MAX_ARCHIVE:,} bytes, which no archive of CIFAR does")
+            raise _too_much(self.path, self.most)
         return data
 
 
@@ -400,8 +455,11 @@ def _read_binary(cifar: Cifar, source: _Folder | _Archive) -> Contents:
     train_files, test_files = (tuple(f"{n}.bin" for n in names) for names in (cifar.train_files, cifar.test_files))
     classes_file = cifar.binary_names[0]
     sizes = source.sizes((*train_files, *test_files, classes_file))
+    text = source.read(classes_file)
+    if len(text) > _MAX_NAMES:
+        raise DataError(f"{source.where(classes_file)} has {len(text):,} bytes, where some names were expected")
     try:
-        lines = str(source.read(classes_file), "utf-8").splitlines()
+        lines = str(text, "utf-8").splitlines()
     except UnicodeError:
         raise DataError(f"{source.where(classes_file)} is not text; get the file again") from None
     names = [line.strip() for line in lines if line.strip()]
@@ -462,11 +520,19 @@ def _checked_names(names: Any, count: int, where: str) -> tuple[str, ...]:
         raise DataError(f"{where} has no list of class names; get the file again")
     if len(names) != count or len(set(names)) != count:
         raise DataError(f"{where} has {len(set(names))} different class names, where {count} were expected")
+    for name in names:
+        # They are printed, drawn, and written as UTF-8.
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise DataError(
+                f"{where} has the class name {name[:40]!r}, which is not one of up to {_MAX_NAME} characters that can "
+                "be printed; get the file again"
+            )
     return tuple(names)
 
 
 # --- The Hub's parquet form -------------------------------------------------------------------------------------------
 
+_PARQUET_BYTES = "img.bytes"
 _PARQUET_NAME = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.parquet")
 
 
@@ -522,13 +588,17 @@ def _parquet_shards(cifar: Cifar, folder: Path) -> dict[str, list[Path]]:
 
 
 @contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    """An open `pyarrow.parquet.ParquetFile`. Whatever goes wrong with it becomes a DataError that names the file."""
+def _parquet(path: Path, dictionaries: tuple[str, ...] = ()) -> Iterator[Any]:
+    """An open `pyarrow.parquet.ParquetFile`. Whatever goes wrong with it becomes a DataError that names the file.
+
+    dictionaries: columns that are read as such.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        files.regular_size(path)
+        with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
             yield file
     except OSError as error:
         if error.errno is not None:
@@ -539,30 +609,37 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _decoded(cifar: Cifar, paths: list[Path]) -> Split:
-    columns = ["img", cifar.parquet_label] + (["coarse_label"] if cifar.superclasses else [])
-    count = 0
+    columns = [_PARQUET_BYTES, cifar.parquet_label] + (["coarse_label"] if cifar.superclasses else [])
+    most, count = _most_bytes(), 0
     for path in paths:
         with _parquet(path) as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            if sum(group.total_byte_size for group in groups) > _MAX_ARCHIVE:
-                raise DataError(f"{path} unpacks to more than {_MAX_ARCHIVE:,} bytes, which no file of CIFAR does")
+            _check_columns(file, columns, path)
+            unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             count += file.metadata.num_rows
-    if not 0 < count * PIXELS <= _MAX_ARCHIVE:
+            if max(unpacked, count * PIXELS) > most:
+                raise _too_much(path, most)
+    if count < 1:
         raise DataError(f"{paths[0]} has {count:,} images; get the file again")
     pixels = np.empty((count, PIXELS), np.uint8)
     labels: dict[str, list[int]] = {column: [] for column in columns[1:]}
     at = 0
     for path in paths:
-        with _parquet(path) as file:
-            if missing := set(columns) - set(file.schema_arrow.names):
-                raise DataError(f"{path} has no column '{min(missing)}'; get the file again")
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
+        # As a dictionary, for 8 kB can hold one value of 8 MB a thousand times. Encodings by differences can as well,
+        # and pyarrow refuses those then.
+        with _parquet(path, (_PARQUET_BYTES,)) as file:
+            # A group at a time: nested dictionaries of several can't be put together.
+            groups = (file.iter_batches(100, [i], columns) for i in range(file.metadata.num_row_groups))
+            for batch in itertools.chain.from_iterable(groups):
+                if at + len(batch) > count:
+                    raise DataError(f"{path} has more images than it says; get the file again")
                 for column, values in labels.items():
                     values.extend(batch.column(column).to_pylist())
-                for image in _pngs(batch, path):
-                    pixels[at] = _png_planes(image, f"{path}, image {at}")
+                for image in batch.column("img").field("bytes"):
+                    pixels[at] = _png_planes(image.as_py(), f"{path}, image {at}")
                     at += 1
     where = str(paths[0])
+    if at != count:
+        raise DataError(f"{where} has fewer images than it says; get the file again")
     fine = _listed_labels(labels, cifar.parquet_label, count, len(cifar.classes), where)
     coarse = None
     if cifar.superclasses:
@@ -570,13 +647,15 @@ def _decoded(cifar: Cifar, paths: list[Path]) -> Split:
     return Split(pixels, fine, coarse)
 
 
-def _pngs(batch: Any, path: Path) -> Iterator[bytes]:
-    import pyarrow as pa
-
-    column = batch.column("img")
-    if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
-        raise DataError(f"{path} has no PNG bytes in its column 'img'; get the file again")
-    yield from (scalar.as_py() for scalar in column.field("bytes"))
+def _check_columns(file: Any, columns: list[str], path: Path) -> None:
+    """Raise DataError where what would be read is not what it is called: text in place of labels can be a bomb too."""
+    there = {column.path: column for column in map(file.schema.column, range(len(file.schema)))}
+    for name in columns:
+        kinds = ("BYTE_ARRAY",) if name == _PARQUET_BYTES else ("INT32", "INT64")
+        if name not in there:
+            raise DataError(f"{path} has no column '{name}'; get the file again")
+        if there[name].physical_type not in kinds or there[name].max_repetition_level:
+            raise DataError(f"{path} has no {' or '.join(kinds)} in its column '{name}'; get the file again")
 
 
 def _png_planes(data: Any, where: str) -> UInt8Array:

@@ -46,6 +46,7 @@ def _digest(packed: Iterable[Path]) -> str:
     """Of the contents of files, in that order, and of how they are read. Raises OSError."""
     whole = hashlib.sha256(str(VERSION).encode())
     for path in packed:
+        files.regular_size(path)
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()[:32]
@@ -85,6 +86,7 @@ def _keep(path: Path, dataset: Dataset) -> None:
 def _recall(path: Path, cifar: Cifar, source: str) -> Dataset | None:
     """What was kept; None where there is nothing, or something damaged."""
     try:
+        files.regular_size(path)
         with path.open("rb") as file, np.load(file) as kept:
             record = json.loads(kept["record"].tobytes())
             train, test = (Split(kept[f"{part}_pixels"], kept[f"{part}_labels"], None) for part in ("train", "test"))

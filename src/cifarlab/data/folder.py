@@ -19,9 +19,11 @@ were touched or copied, or moved with their folder, are read once more, and not 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -57,6 +59,10 @@ LITTER = frozenset(("__MACOSX", "@eaDir"))
 
 # Images decoded between two writes: bounds the memory of a set that is larger than memory.
 SLICE = 256
+# Pixels that an image may have: Pillow's own limit, 9,459 x 9,459. Decoding takes up to 20 bytes for each of them.
+MAX_PIXELS = 89_478_485
+# Images of more pixels are decoded one at a time, whatever the number of threads.
+LARGE = 2**24
 # Folders of so many images are packed; fewer are decoded in a second or two, and need no place in the cache.
 PACKED_FROM = 1000
 # Part of the store's key: raise it when the rules above change.
@@ -96,6 +102,7 @@ def read_folder(
     fit: Fit = "crop",
     interpolation: Interpolation = "bilinear",
     bad_files: BadFiles = "refuse",
+    max_pixels: int = MAX_PIXELS,
     memory_limit: int | None = None,
     workers: int | None = None,
     report: Report = lambda line: None,
@@ -105,8 +112,8 @@ def read_folder(
     Classes are the folder names, sorted; images are sorted by relative path, part by part, on every file system.
     Folders inside a class folder are walked, each once; a link is followed where it stays inside `root`.
     `fit`: "crop" resizes the short side to `size` and crops the centre, "pad" resizes the long side and pads with
-    black, "stretch" resizes both. `bad_files`: what cannot be read, an image above Pillow's decompression-bomb limit,
-    a link that leads out of `root` and what is not a regular file are all listed, in one error or ("skip") the notes.
+    black, "stretch" resizes both. `bad_files`: what cannot be read, an image of more than `max_pixels`, a link that
+    leads out of `root` and what is not a regular file are all listed, in one error or ("skip") the notes.
     From 1,000 images on, or above `memory_limit` (bytes), the pixels become a memory-mapped file in `cache`, which is
     found again as long as classes, images and these arguments stay the same, wherever the folder is. Below the limit
     they are read into memory instead, each time, where the cache cannot be written.
@@ -117,13 +124,13 @@ def read_folder(
     written and the images are above the limit.
     """
     scan = _scan(root)
-    decode = partial(_decode, size=size, fit=fit, interpolation=interpolation)
+    decode = partial(_decode, size=size, fit=fit, interpolation=interpolation, large=threading.Lock())
     shape, threads = (3, size, size), workers or os.cpu_count() or 1
-    blocks = partial(_blocks, scan, decode, shape, threads)
+    blocks = partial(_blocks, scan, decode, shape, threads, max_pixels)
     too_large = memory_limit is not None and len(scan.files) * 3 * size * size > memory_limit
     store: Store | None = None
     if too_large or len(scan.files) >= PACKED_FROM:
-        key = _key(_content(scan, threads, report), size, fit, interpolation)
+        key = _key(_content(scan, threads, report), size, fit, interpolation, max_pixels)
         try:
             store = packed(cache / f"folder-{key}", len(scan.files), shape, blocks, report)
         except StorageError as error:
@@ -342,13 +349,16 @@ def _is_litter(name: str) -> bool:
 # ----------------------------------------------------------------- pixels
 
 
-def _decode(path: Path, *, size: int, fit: Fit, interpolation: Interpolation) -> UInt8Array | str:
-    """One image as uint8 (3, size, size), or what is wrong with the file."""
+def _decode(
+    path: Path, *, size: int, fit: Fit, interpolation: Interpolation, large: contextlib.AbstractContextManager[Any]
+) -> UInt8Array | str:
+    """One image as uint8 (3, size, size), or what is wrong with the file. large: held while a large one is decoded."""
     method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     try:
         with Image.open(path, formats=FORMATS) as opened:
             opened.draft(None, (2 * size, 2 * size))
-            image = _to_rgb(ImageOps.exif_transpose(opened))
+            with large if opened.width * opened.height > LARGE else contextlib.nullcontext():
+                image = _to_rgb(ImageOps.exif_transpose(opened))
         if fit == "crop":
             image = ImageOps.fit(image, (size, size), method)
         elif fit == "stretch":
@@ -359,7 +369,10 @@ def _decode(path: Path, *, size: int, fit: Fit, interpolation: Interpolation) ->
             image = ImageOps.pad(image, (size, size), method)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, as decompression bombs have; make it smaller"
+        return (
+            f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, as decompression bombs have; make it smaller, or allow more "
+            "with --set data.max_pixels"
+        )
     except UnidentifiedImageError:
         status = _status(path)
         return "empty" if status is not None and status.st_size == 0 else f"not an image ({', '.join(FORMATS)})"
@@ -393,6 +406,7 @@ def _blocks(
     decode: Callable[[Path], UInt8Array | str],
     shape: tuple[int, int, int],
     threads: int,
+    max_pixels: int,
     start: int,
 ) -> Iterator[Block]:
     """Decode the files from the one at `start` on. Raises DataError where one is no longer what was listed."""
@@ -407,12 +421,13 @@ def _blocks(
             )
         return image
 
-    # Decoders register themselves on first use, and warning filters belong to the process: not for threads to do.
+    # Decoders register themselves on first use; warning filters and Pillow's limit, above which it warns, belong to the
+    # process: not for threads to do.
     Image.init()
     with ThreadPoolExecutor(threads) as pool:
         for begin in range(start, len(scan.files), SLICE):
             block = scan.files[begin : begin + SLICE]
-            with warnings.catch_warnings(record=True) as caught:
+            with _limited_to(max_pixels), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 results = list(pool.map(unchanged, block))
@@ -423,6 +438,16 @@ def _blocks(
                 {begin + position: reason for position, reason in enumerate(results) if isinstance(reason, str)},
                 Counter(str(warning.message) for warning in caught),
             )
+
+
+@contextlib.contextmanager
+def _limited_to(max_pixels: int) -> Iterator[None]:
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _in_memory(
@@ -480,8 +505,10 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _key(content: str, size: int, fit: Fit, interpolation: Interpolation) -> str:
-    made_by = (STORE_VERSION, PIL.__version__, content, size, fit, interpolation)
+def _key(content: str, size: int, fit: Fit, interpolation: Interpolation, max_pixels: int) -> str:
+    made_by: tuple[object, ...] = (STORE_VERSION, PIL.__version__, content, size, fit, interpolation)
+    if max_pixels != MAX_PIXELS:  # so that what was packed before there was a choice is found
+        made_by += (max_pixels,)
     return hashlib.blake2b(repr(made_by).encode(), digest_size=16).hexdigest()
 
 

@@ -37,6 +37,7 @@ def load_dataset(name: str, section: Data, resolution: int | None, folder: Path 
             fit=section.fit,
             interpolation=section.interpolation,
             bad_files=section.bad_files,
+            max_pixels=section.max_pixels,
             memory_limit=machine.available_memory() // 2 if section.memory is None else section.memory * 1_000_000,
             cache=cache_folder(),
             report=report,
