@@ -48,13 +48,11 @@ class SyncBatchNorm(TorchFunctionMode):
 def _normalised(call: _Call) -> Tensor:
     """float of the input's shape, (B, C, …), and dtype."""
     with torch.no_grad():
-        input, dims = call.input, _all_but_channels(call.input)
-        wide = torch.float64 if input.device.type == "cpu" else torch.float32
+        input = call.input
         count = input.numel() // input.shape[1]
-        var, mean = torch.var_mean(input.float(), dims, correction=0)
-        mean, var = mean.to(wide), var.to(wide)
-        # Sums of squares about each process's own mean are put together without a difference of large numbers only if
-        # they are wide: on a GPU, of values whose mean is thousands of standard deviations, some digits go.
+        # In float64 (which Apple's GPUs haven't got, but nor have they exchanges) nothing is lost by the difference of
+        # large numbers below, where means are far from zero.
+        mean, var = (statistic.double() for statistic in _mean_and_var(input))
         sums = torch.cat([count * mean, count * (var + mean.square()), mean.new_tensor([count])])
         distributed.sum_in_place([sums])
         channels = input.shape[1]
@@ -68,8 +66,15 @@ def _normalised(call: _Call) -> Tensor:
     return output
 
 
-def _all_but_channels(values: Tensor) -> list[int]:
-    return [dim for dim in range(values.ndim) if dim != 1]
+def _mean_and_var(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel of (B, C, …), float32 (C,), without Bessel's correction; by what BatchNorm itself uses, which
+    torch.var_mean is 15 times slower than on a CPU."""
+    if input.device.type == "cuda":
+        mean, scale = torch.batch_norm_stats(input.contiguous(), 0.0)
+        return mean, scale.pow(-2)
+    nowhere = torch.zeros(2, input.shape[1])
+    mean, var = torch.batch_norm_update_stats(input, nowhere[0], nowhere[1], 0.0)
+    return mean, var
 
 
 class _Normalise(torch.autograd.Function):
@@ -86,27 +91,28 @@ class _Normalise(torch.autograd.Function):
         whole: Tensor,
         eps: float,
     ) -> Tensor:
-        scale = torch.rsqrt(var + eps)
-        ctx.save_for_backward(input, weight, mean, scale, whole)
+        ctx.save_for_backward(input, weight, mean, torch.rsqrt(var + eps), whole)
+        ctx.eps = eps
         return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, scale, whole = ctx.saved_tensors
-        dims = _all_but_channels(input)
-        shape = [1, -1] + [1] * (input.ndim - 2)
-        upstream = gradient.float()
-        centred = input.float() - mean.view(shape)
-        of_bias = upstream.sum(dims)
-        of_weight = (upstream * centred).sum(dims) * scale
-        of_input = None
+        # As if the rows here were all: their sums are right, and the gradient of the input lacks the others' sums.
+        of_input, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, input, weight, None, None, mean, scale, True, ctx.eps, [ctx.needs_input_grad[0], True, True]
+        )
         if ctx.needs_input_grad[0]:
-            sums = torch.cat([of_bias, of_weight])
+            own = torch.cat([of_bias, of_weight]).float()
+            sums = own.clone()
             distributed.sum_in_place([sums])
-            about, along = (sums / whole).chunk(2)
+            about, along = (own / (input.numel() // input.shape[1]) - sums / whole).chunk(2)
+            # What is missing is a line in each channel: factor * (about + along * (input - mean) * scale).
             factor = scale if weight is None else scale * weight.float()
-            of_input = (upstream - about.view(shape) - centred * (scale * along).view(shape)) * factor.view(shape)
-            of_input = of_input.to(input.dtype)
+            slope = factor * along * scale
+            shape = [1, -1] + [1] * (input.ndim - 2)
+            line = torch.addcmul((factor * about - slope * mean).view(shape), input.float(), slope.view(shape))
+            of_input += line.to(of_input.dtype)
         return (
             of_input,
             of_weight if weight is not None and ctx.needs_input_grad[1] else None,

@@ -1,6 +1,6 @@
 """Images per second of one process and of several, side by side: what dividing a batch among processes costs and gains.
 
-    python benchmarks/processes.py --recipe ex2 --processes 2 --rounds 3
+    python benchmarks/scaling.py --recipe ex2 --processes 2 --rounds 3
 
 Each process has one thread, so on two cores two of them have twice of what one has; one process with as many threads is
 measured as well, which is what a single run does by default. Rounds alternate between the arrangements.
