@@ -152,17 +152,19 @@ def together(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         its.close()
         children.append((process, mine))
     results = []
-    for rank, (process, pipe) in enumerate(children):
-        try:
-            assert pipe.poll(120), f"process {rank} hangs"
-            fine, sent = pipe.recv()  # as bytes: tensors would be shared with a process that ends
-            result = torch.load(io.BytesIO(sent), weights_only=True) if fine else sent
-        except EOFError:
-            fine, result = False, "it was killed"
-        finally:
+    try:
+        for rank, (process, pipe) in enumerate(children):
+            try:
+                assert pipe.poll(120), f"process {rank} hangs"
+                fine, sent = pipe.recv()  # as bytes: tensors would be shared with a process that ends
+            except EOFError:
+                fine, sent = False, "it was killed"
+            assert fine, f"process {rank}: {sent}"
+            results.append(torch.load(io.BytesIO(sent), weights_only=True))
             process.join(30)
-        assert fine, f"process {rank}: {result}"
-        results.append(result)
+    finally:
+        for process, _ in children:
+            process.kill()
     return results
 
 

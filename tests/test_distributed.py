@@ -65,7 +65,11 @@ def check_equal(one: RunFolder, other: RunFolder, tolerance: float = 1e-5) -> No
             assert mine[name] == pytest.approx(its[name], rel=tolerance), name
         assert mine["train_accuracy"] == pytest.approx(its["train_accuracy"], abs=0.005)
         assert mine["lr"] == its["lr"]
-    assert logs[0]["flops"] == logs[1]["flops"]
+    if logs[0]["frozen_stages"] is None:  # what is everybody's is nobody's to remember
+        assert logs[0]["flops"] == logs[1]["flops"]
+    else:
+        assert logs[0]["flops"] <= logs[1]["flops"]
+        assert logs[1]["frozen_stages"]["recalled"] > 0
     tests = [run.test_log() for run in (one, other)]
     assert tests[0] is not None
     assert tests[1] is not None
@@ -143,7 +147,7 @@ def experiment_order(plan: Any, task: Any, epoch: int) -> Tensor:
 
 def test_cached_images_always_come_to_the_same_process(places: Callable[[int, int], None]) -> None:
     plan = load_recipe("ex1", settings("cached")).resolved(dataset="digits", seed=0)
-    prepared = prepare(make_dataset(train=430), plan.data, plan.seed)
+    prepared = prepare(make_dataset(train=400), plan.data, plan.seed)
     places(1, 2)
     task = make_task(plan, prepared, CPU, None, lambda _: None)
     set_mode(task.network.model, 2, backbone=False)
@@ -184,8 +188,9 @@ def test_exchanges() -> None:
         assert found["copied"][0].tolist() == [[0, 0, 0]] * 2
         assert found["copied"][1].item() == 0
         assert found["error"] == "no such field"
-        assert "another recipe than process" in found["same"]
-        assert f"lr is {rank} instead of {1 if rank == 0 else 0}" in found["same"]
+        assert "process 1 on" in found["same"]
+        assert "has another recipe than process 0 on" in found["same"]
+        assert "lr is 1 instead of 0" in found["same"]
         assert found["alone"] == (1, [rank])
         # A vote is known one call later; only the first one's clock counts; what was asked for twice is done once.
         assert found["votes"] == [
@@ -227,19 +232,19 @@ def test_batch_norm_is_that_of_all_rows(dtype: torch.dtype, affine: bool, tolera
 # --- whole runs -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(SETTINGS))
-def test_two_processes_are_as_good_as_one(name: str, tmp_path: Path) -> None:
+# An epoch's last batch has 4 images: two processes divide it, but for cached ones, and three don't.
+@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in SETTINGS), ("plain", 3), ("cached", 3)])
+def test_several_processes_are_as_good_as_one(name: str, count: int, tmp_path: Path) -> None:
     """The same losses within 1e-5, counts and weights, after more than ten steps."""
-    images = 400 if name == "cached" else 430  # the last batch of an epoch has 40, or 3, which aren't divided
-    one = alone(tmp_path / "one", settings(name), images)
-    paths = together(2, a_run, tmp_path / "two", settings(name), None, images)
-    assert paths[0] == paths[1]
+    one = alone(tmp_path / "one", settings(name))
+    paths = together(count, a_run, tmp_path / "two", settings(name))
+    assert len(set(paths)) == 1
     two = RunFolder(Path(paths[0]))
     assert {path.name for path in two.path.iterdir() if "tfevents" not in path.name} == {
         path.name for path in one.path.iterdir() if "tfevents" not in path.name
     }
-    assert [entry["device"] for entry in two.environment()["processes"]] == ["cpu", "cpu"]
-    check_equal(one, two, tolerance=1e-5 if name not in ("muon", "pruned") else 1e-4)
+    assert [entry["device"] for entry in two.environment()["processes"]] == ["cpu"] * count
+    check_equal(one, two, tolerance=1e-5 if name in ("plain", "accumulated", "streamed", "cached") else 1e-4)
 
 
 def test_batch_norm_by_each_process_is_that_of_a_batch_in_parts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -76,10 +77,10 @@ class Launched:
         raise AssertionError(f"no process {rank}")
 
     def end(self) -> None:
-        for child in (
-            [*psutil.Process(self.process.pid).children(recursive=True)] if self.process.poll() is None else []
-        ):
-            child.kill()
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
         self.process.kill()
         self.process.wait(LIMIT)
 

@@ -104,7 +104,7 @@ def _decide(
         recipe = chosen.with_train(numerics=recipe.train.numerics)
     if recipe.train.numerics == "auto":
         share = recipe.with_train(batch_size=max(recipe.train.batch // processes, recipe.train.accumulate))
-        share, tried = _choose_numerics(share, prepared, device, weights, report)
+        share, tried = _choose_numerics(share, prepared, device, weights, report, together=processes > 1)
         recipe = recipe.with_train(numerics=share.train.numerics)
     choice = recipe.train.numerics
     if processes > 1 and isinstance(choice, NumericsChoice) and (choice.compile or choice.graphs):
@@ -128,7 +128,13 @@ def with_evaluation_batch(recipe: Recipe, prepared: Prepared, device: torch.devi
 
 
 def _choose_numerics(
-    recipe: Recipe, prepared: Prepared, device: torch.device, weights: Weights | None, report: Report
+    recipe: Recipe,
+    prepared: Prepared,
+    device: torch.device,
+    weights: Weights | None,
+    report: Report,
+    *,
+    together: bool = False,
 ) -> tuple[Recipe, list[dict[str, Any]] | None]:
     """The recipe with its numerics decided, and the ways that were tried now."""
     if recipe.train.numerics != "auto":
@@ -142,6 +148,8 @@ def _choose_numerics(
         "fourier": device.type == "cpu",  # an entry from before there was this way is asked for no more
         "tolerances": [numerics.LOSS_TOLERANCE, numerics.LEAST_COSINE],
     }
+    if together:
+        key["together"] = True
     found = None
     with contextlib.suppress(ValueError):  # an entry of another version
         found = NumericsChoice.model_validate(remembered.recall(key))
@@ -158,6 +166,7 @@ def _choose_numerics(
         frozen=recipe.model.freeze_stages > 0 and not recipe.caches,
         one_size=recipe.train.prune is None,
         fourier=device.type == "cpu" and _has_small_maps(recipe, prepared),
+        together=together,
     )
     for trial in trials:
         report(f"  {trial}")

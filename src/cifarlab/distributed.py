@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import psutil
+
 from cifarlab import errors, machine
 from cifarlab.errors import CifarlabError, RunError, UsageError
 
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 TICK, SILENCE, SUSPICION, GRACE = 1.0, 12.0, 4.0, 5.0
 # So long may an answer of the store take.
 ANSWER = timedelta(seconds=6)
-# What waits for others waits this long: one may be decoding images meanwhile. The dead are found in another way.
-PATIENCE = timedelta(hours=12)
+# What waits for others waits this long: one may be decoding images meanwhile. The dead are found in another way, though
+# not while the processes meet.
+PATIENCE, MEETING = timedelta(hours=12), timedelta(minutes=5)
 
 T = TypeVar("T")
 
@@ -52,8 +55,11 @@ class Place:
 
 
 _place = Place()
-_control: Any = None  # the group that everything but gradients goes through
+# The groups that sums go through, from device to device, and all else.
+_devices: Any = None
+_control: Any = None
 _watch: _Watch | None = None
+_last_words: Callable[[str], object] | None = None
 
 
 def place() -> Place:
@@ -63,6 +69,18 @@ def place() -> Place:
 def is_first() -> bool:
     """Whether this is the process that writes and shows; alone it is."""
     return _place.rank == 0
+
+
+@contextlib.contextmanager
+def last_words(say: Callable[[str], object]) -> Iterator[None]:
+    """In which `say` is called with the reason, in the first process, where it must end for want of the others while it
+    waits for them."""
+    global _last_words
+    before, _last_words = _last_words, say if is_first() else _last_words
+    try:
+        yield
+    finally:
+        _last_words = before
 
 
 @contextlib.contextmanager
@@ -76,9 +94,15 @@ def alone() -> Iterator[None]:
         _place = before
 
 
-def was_restarted() -> bool:
-    """Whether torchrun has started the processes again, after one of them had failed."""
-    return _place.size > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def began_before() -> float | None:
+    """When torchrun began, as `time.time()`, where it has started these processes again; None where it hasn't.
+
+    Known to the first process; on each machine torchrun counts by itself.
+    """
+    own = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if _place.size == 1 or not any(everyones(own)):
+        return None
+    return from_first(lambda: psutil.Process(os.getppid()).create_time())
 
 
 # --- coming and going -------------------------------------------------------------------------
@@ -89,7 +113,7 @@ def join(device_name: str) -> torch.device:
 
     Raises UsageError where there is no such device for each; RunError where the others can't be met.
     """
-    global _place, _control, _watch
+    global _place, _devices, _control, _watch
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return machine.choose_device(device_name)
     import torch
@@ -100,8 +124,9 @@ def join(device_name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-        _control = distributed.new_group(backend="gloo", timeout=PATIENCE) if device.type == "cuda" else None
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+        _control = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        _devices = distributed.new_group(backend="nccl", timeout=PATIENCE) if device.type == "cuda" else _control
         _place = found
         token = str(from_first(lambda: os.urandom(8).hex()))
         _watch = _Watch(found, token)
@@ -196,19 +221,15 @@ def everyones(value: Any) -> list[Any]:
 
 
 def check_same(what: str, value: dict[str, Any]) -> None:
-    """Raises RunError where this process has another one of `value`'s entries than the first."""
-    for rank, (host, other) in enumerate(everyones([socket.gethostname(), value])):
-        for name in value:
-            if other[name] != value[name]:
+    """Raises RunError, the same in each process, where one has another entry of `value` than the first."""
+    (host, first), *others = everyones([socket.gethostname(), value])
+    for rank, (its_host, other) in enumerate(others, 1):
+        for name in first:
+            if other[name] != first[name]:
                 raise RunError(
-                    f"process {_place.rank} on {socket.gethostname()} has another {what} than process {rank} on "
-                    f"{host}: {name} is {value[name]!r} instead of {other[name]!r}; give all of them the same"
+                    f"process {rank} on {its_host} has another {what} than process 0 on {host}: {name} is "
+                    f"{other[name]!r} instead of {first[name]!r}; give all of them the same"
                 )
-
-
-def total(number: int) -> int:
-    """The sum of all processes' numbers."""
-    return sum(everyones(number))
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -221,14 +242,14 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def sum_in_place(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors of one dtype by their sums over all processes, in one exchange. On the device; not waited for."""
+    """Replace tensors of one dtype by their sums over all processes, in one exchange, from device to device."""
     if _place.size == 1 or not tensors:
         return
     import torch
 
     flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
     with _explained():
-        torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(flat, group=_devices)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     with torch.no_grad():
         for tensor, part in zip(tensors, parts, strict=True):
@@ -244,7 +265,7 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
     with _explained(), torch.no_grad():
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            torch.distributed.broadcast(whole, 0)
+            torch.distributed.broadcast(whole, 0, group=_devices)
             tensor.copy_(whole)
 
 
@@ -363,6 +384,7 @@ class _Watch(threading.Thread):
         self._found: list[bytes] = []
         self._answered = time.monotonic()
         self._lost: str | None = None
+        self._cut = False
         self._suspicious = False
         self._ending = threading.Event()
         self._tell({"count": 0})
@@ -380,6 +402,7 @@ class _Watch(threading.Thread):
                 self._answered = now
             looked = now
             if now - self._answered > SILENCE:
+                self._cut = True
                 self._lost = (
                     f"the connection to {os.environ['MASTER_ADDR']}, by which the processes of this run find one "
                     "another, is lost"
@@ -388,8 +411,12 @@ class _Watch(threading.Thread):
                 self._lost = self._judge(self._found, signs, now)
         if not self._ending.wait(GRACE):
             # The main thread is in an exchange that never ends.
+            with contextlib.suppress(Exception):
+                if _last_words is not None:
+                    _last_words(self._lost)
             sys.stderr.write(f"cifarlab: {errors.printable(self._lost)}\n")
             sys.stderr.flush()
+            sys.stdout.flush()
             os._exit(RunError.exit_code)
 
     def _talk(self) -> None:
@@ -429,13 +456,15 @@ class _Watch(threading.Thread):
     def farewell(self, complaint: str | None) -> bool:
         """See `leave`."""
         self._ending.set()
-        if self._lost is not None:  # nobody may be there to listen
+        if self._cut:  # the store would not answer
             return True
-        self._talking.join(SILENCE)
+        if self._talking.is_alive():
+            self._talking.join(SILENCE)
         with contextlib.suppress(RuntimeError, ValueError):
             self._tell({"done": True} if complaint is None else {"complaint": complaint})
             deadline = time.monotonic() + SUSPICION
-            while complaint is not None and not is_first() and time.monotonic() < deadline:
+            alike = complaint is not None and not is_first() and self._lost is None
+            while alike and time.monotonic() < deadline:
                 said = json.loads(self._look()[0])
                 if "complaint" in said:
                     return bool(said["complaint"] != complaint)

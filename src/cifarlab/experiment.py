@@ -62,8 +62,7 @@ def check_plans(plans: Sequence[Recipe], runs: Path, device: torch.device, repor
         parameter_groups(plan.optimizer, model)
         for side in plan.sides:
             make_pipeline(plan, side, (own_side, own_side), (0, 0, 0), (1, 1, 1), torch.device("cpu"))
-    if distributed.is_first():
-        files.make_folder(runs)
+    distributed.from_first(lambda: files.make_folder(runs))
     for plan in distinct:
         find_weights(plan.model, report)
 
@@ -276,7 +275,8 @@ def _go_back(run: RunFolder, report: Report) -> dict[str, Any] | None:
 def _ending_said(run: RunFolder, report: Report) -> Iterator[None]:
     """Has train.json say how the run ended, where it doesn't come to its end."""
     try:
-        yield
+        with distributed.last_words(partial(mark, run, "failed")):
+            yield
     except (KeyboardInterrupt, SystemExit):
         if distributed.is_first():
             mark(run, "stopped", None)
@@ -400,7 +400,10 @@ def get_ready(
         for finding in _findings(prepared):
             report(finding)
         weights = find_weights(recipe.model, report)
-        return prepared, weights, decide(recipe, prepared, device, weights, report)
+        distributed.check_same("file of weights", {"SHA-256": weights.sha256 if weights is not None else None})
+        decided = decide(recipe, prepared, device, weights, report)
+        _check_processes(decided.recipe)
+        return prepared, weights, decided
 
 
 def _check_processes(recipe: Recipe) -> None:
@@ -516,8 +519,9 @@ def _score(
     process_started: the `time.time()` that `total_time` counts from; None for a later look, which keeps the first's.
     tta: test-time augmentation; where it is not the run's, what it is worth on validation is found out first.
     """
-    state, before, recorded = distributed.from_first(
-        lambda: (run.load_checkpoint("best.pth"), run.test_log() or {}, _recorded_tta(run))
+    as_recorded = tta == recipe.evaluate.tta
+    state, before, chosen = distributed.from_first(
+        lambda: (run.load_checkpoint("best.pth"), run.test_log() or {}, _recorded_tta(run) if as_recorded else None)
     )
     looks = before.get("test_looks", 0)
     store = make_store(prepared.test, recipe, device)
@@ -544,7 +548,6 @@ def _score(
     def look_again(images: ImageStore, plain: Predictions, mode: Tta) -> Predictions:
         return with_tta(plain, mode, recipe.evaluate.tta_below, partial(look, images))
 
-    chosen = recorded if tta == recipe.evaluate.tta else None
     if chosen is None and tta is not None:
         if (part := prepared.validation) is not None:
             images = store if part.images is prepared.test.images else make_store(part, recipe, device)

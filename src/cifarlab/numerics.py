@@ -250,13 +250,15 @@ def measure(
     frozen: bool = False,
     one_size: bool = True,
     fourier: bool = False,
+    together: bool = False,
 ) -> tuple[NumericsChoice, list[Trial]]:
     """Time each way of doing a step, and say which gets `steps` of them done first.
 
     make_step: a fresh network, optimizer and batch, the same each time. compilations: how many times the step would
     be compiled, once for each resolution. frozen: whether there are stages that don't train, and are computed at each
     step. one_size: whether all batches but the last have one size; else nothing is compiled. fourier: whether there are
-    convolutions that may be faster by way of frequencies. What doesn't agree with the first way, fp32, is refused.
+    convolutions that may be faster by way of frequencies. together: whether processes will exchange sums within a step,
+    which can be neither compiled nor captured. What doesn't agree with the first way, fp32, is refused.
     """
     trials: list[Trial] = []
     running: dict[int, Step] = {}
@@ -327,7 +329,7 @@ def measure(
     def left() -> float:
         return (best().seconds or 0.0) * steps / compilations
 
-    if device.type == "cuda":
+    if device.type == "cuda" and not together:
         invest([best().choice.model_copy(update={"graphs": True})])
     if device.type == "cuda" and left() > WORTH_TRYING * BENCHMARK:
         invest([best().choice.model_copy(update={"benchmark": True})])
@@ -336,7 +338,8 @@ def measure(
         invest([direct.choice.model_copy(update={"fourier": True})])
     plain, compiled = direct.choice, list[NumericsChoice]()
     # Compilation leaves convolutions as they are: where frequencies save more than it ever does, it isn't tried.
-    if one_size and can_compile(device) and (direct.seconds or 0.0) < COMPILED_GAIN * (best().seconds or 0.0):
+    compilable = one_size and not together and can_compile(device)
+    if compilable and (direct.seconds or 0.0) < COMPILED_GAIN * (best().seconds or 0.0):
         if frozen and left() > WORTH_TRYING * FRONT_COMPILATION:
             compiled.append(plain.model_copy(update={"compile": "frozen"}))
         if left() > WORTH_TRYING * COMPILATION:

@@ -411,8 +411,10 @@ def find_runs(places: Iterable[Path]) -> list[RunFolder]:
     return [found[key] for key in sorted(found)]
 
 
-def find_run_of(runs: Path, plan: Recipe) -> RunFolder | None:
+def find_run_of(runs: Path, plan: Recipe, since: float = 0.0) -> RunFolder | None:
     """The newest run in `runs` of a resolved recipe, one that is not done before one that is; None: there is none.
+
+    since: the `time.time()` from which on it was begun.
 
     A recipe counts as it was asked for, before a run decided what it leaves to the machine.
     """
@@ -420,6 +422,8 @@ def find_run_of(runs: Path, plan: Recipe) -> RunFolder | None:
     for recipe in (runs / plan.name / dataset_folder_name(plan.datasets[0])).glob("*/recipe.yaml"):
         run = RunFolder(recipe.parent)
         with contextlib.suppress(NotARunError):
+            if recipe.stat().st_mtime < since:
+                continue
             own = run.recipe()
             mine = own.datasets, own.seed, own.evaluate.test, run.environment().get("asked")
             if mine == (plan.datasets, plan.seed, plan.evaluate.test, plan.fingerprint()):

@@ -1,7 +1,8 @@
 """No hidden random state: every draw comes from a generator made on the spot from integers.
 
 The order of an epoch is a function of (seed, "order", epoch). The draws of each augmentation, for all images, are one
-table from (seed, "crop", epoch) and its like, looked up by sample index. Dropout is a function of (seed, "step", step).
+table from (seed, "crop", epoch) and its like, looked up by sample index. Dropout is a function of (seed, "step", step),
+and of the process where several divide a batch.
 So going on after a stop needs integers only, and neither batch size, workers nor processes change what an image gets.
 """
 

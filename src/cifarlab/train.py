@@ -354,7 +354,7 @@ def train(
         log["flops"] = done = _of_all(flops) if status != "running" else None
         log["flops_per_second"] = done / clock.seconds if done is not None and clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
-        log["frozen_stages"] = network.frozen.record() if network.frozen is not None else None
+        log["frozen_stages"] = _of_all_frozen(network)
         return copy.deepcopy(log)
 
     def save(name: str, module: nn.Module, **state: Any) -> None:
@@ -389,7 +389,7 @@ def train(
             flops=_of_all(flops),
             accumulate=take_step.accumulate,
             pruning=pruning.state() if pruning is not None else None,
-            frozen=network.frozen.record() if network.frozen is not None else None,
+            frozen=_of_all_frozen(network),
         )
         on_disk(partial(run.keep_latest, section.keep))
 
@@ -432,6 +432,8 @@ def train(
                     "lr": lr,
                     "seconds": clock.seconds - epoch_began,
                 }
+                # What is decided by it, all must decide alike, to the last bit.
+                entry = distributed.from_first(partial(copy.copy, entry))
                 epochs.append(entry)
                 candidate = _candidate(entry, last=step == total_steps, averaged=average is not None)
                 if candidate is not None and (task.validation is None or _is_better(candidate, best)):
@@ -501,12 +503,14 @@ def train(
             if pruning is not None and batch.samples is not None:
                 pruning.record(batch.samples, logits, batch.labels, recipe.loss.label_smoothing)
             images += batch.images
-            flops.add(batch.inputs.shape, batch.computed)
+            if batch.whole is None or batch.whole.counts:
+                flops.add(batch.inputs.shape, batch.computed)
             profiled()
 
             # Log.
             if display.due():
-                _refuse_bad_loss(sums, steps_per_epoch, run)
+                if distributed.place().size == 1:  # the others don't look now, and all must stop at the same step
+                    _refuse_bad_loss(sums, steps_per_epoch, run)
                 mean_loss, accuracy = sums.means()
                 display.progress(
                     Progress(
@@ -554,6 +558,14 @@ def train(
         run.write_train_log(whole_log)
 
 
+def _of_all_frozen(network: Classifier) -> dict[str, int] | None:
+    """What the frozen stages of all processes have done; to be called in each."""
+    if network.frozen is None:
+        return None
+    records = distributed.everyones(network.frozen.record())
+    return {name: sum(record[name] for record in records) for name in records[0]}
+
+
 def _of_all(flops: TrainingFlops) -> int | None:
     """Those of all processes; to be called in each."""
     counts = distributed.everyones(flops.total())
@@ -571,7 +583,8 @@ def _restore(
         take_step.optimizer.load_state_dict(saved["optimizer"])
         if take_step.scaler is not None and saved["scaler"] is not None:
             take_step.scaler.load_state_dict(saved["scaler"])
-        take_step.accumulate = saved["accumulate"]
+        if distributed.place().size == 1:  # what memory one process had is nothing to the shares of several
+            take_step.accumulate = saved["accumulate"]
         if pruning is not None:
             pruning.load_state(saved["pruning"])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -624,7 +637,9 @@ def _recall(recipe: Recipe, task: Task, step: int, total_steps: int, record: dic
     all_seen = (math.ceil(first / steps_per_epoch) + cycle) * steps_per_epoch  # each version of each image has come
     for _ in range(first, min(step, all_seen)):
         next(batches)
-    frozen.computed, frozen.recalled = record["computed"], record["recalled"]
+    frozen.computed = frozen.recalled = 0
+    if distributed.is_first():  # it stands for all
+        frozen.computed, frozen.recalled = record["computed"], record["recalled"]
 
 
 def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | None) -> None:
@@ -796,8 +811,8 @@ def make_batch(
         inputs = frozen(
             partial(pipeline.train, found.pixels, found.samples, draws),
             found.samples,
-            CacheKey("train", pipeline.output_size[0], step // steps_per_epoch % cycle),
-            keep=again < total_steps and _pipeline_at(task, again, total_steps) is pipeline and not undivided,
+            None if undivided else CacheKey("train", pipeline.output_size[0], step // steps_per_epoch % cycle),
+            keep=again < total_steps and _pipeline_at(task, again, total_steps) is pipeline,
             images=len(task.store),
             rows=_owned(task),
         )
@@ -925,6 +940,8 @@ class TrainingStep:
 
 class Backward:
     """`backward` in `accumulate` parts, or in twice as many for as long as memory runs out, which is then how it stays.
+
+    Not where several processes train together: they would have to agree on it.
 
     The same step is done again: with the same dropout; and, where inputs of its shape never fitted before, with the
     buffers (BatchNorm's statistics) that were there.

@@ -56,7 +56,10 @@ def main() -> None:
     """Run the command line; errors of ours end as one sentence on stderr and the exit code of their class."""
     try:
         code = app(standalone_mode=False)
-        _leave(None)
+        _leave(None if not code else "it was interrupted")
+    except SystemExit:
+        _leave("it was interrupted")
+        raise
     except CifarlabError as error:
         # What all processes of torchrun find, one of them says.
         code = _complain(str(error), error.exit_code) if _leave(str(error)) else error.exit_code
@@ -78,7 +81,10 @@ def main() -> None:
 def _leave(complaint: str | None) -> bool:
     """`distributed.leave`, where this process may have joined others."""
     distributed = sys.modules.get("cifarlab.distributed")
-    return bool(distributed.leave(complaint)) if distributed is not None else True
+    joined = distributed is not None and distributed.place().size > 1
+    # Before they have joined, each process of a machine finds the same.
+    own = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+    return bool(distributed.leave(complaint)) if distributed is not None and joined else own
 
 
 def _as_sentence(message: str) -> str:
@@ -164,7 +170,7 @@ def resume_run(
     """
     from cifarlab.rundir import RunFolder
 
-    if os.environ.get("RANK", "0") == "0":  # others of torchrun's may be on machines that haven't got it
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # else some may be on machines that haven't got it
         RunFolder.open(run).recipe()
     _carry_out([], data, RUNS, device, begun=run)
 
@@ -187,16 +193,18 @@ def _jobs(plans: list[Recipe], runs: Path, *, resume: bool, begun: Path | None) 
     from cifarlab.recipe import make_recipe
     from cifarlab.rundir import RunFolder, find_run_of
 
-    def find(plan: Recipe) -> str | None:
-        run = find_run_of(runs, plan)
+    def find(plan: Recipe, since: float) -> str | None:
+        run = find_run_of(runs, plan, since)
         return str(run.path) if run is not None else None
 
     if begun is not None:
         values = distributed.from_first(lambda: RunFolder.open(begun).recipe().to_dict())
         return [_Job(make_recipe(values, origin=str(begun / "recipe.yaml")), begun)]
     found: list[str | None] = [None] * len(plans)
-    if resume or distributed.was_restarted():
-        found = distributed.from_first(lambda: [find(plan) for plan in plans])
+    # Started again by torchrun, it goes on with what it had begun itself.
+    since = 0.0 if resume else distributed.began_before()
+    if since is not None:
+        found = distributed.from_first(lambda: [find(plan, since) for plan in plans])
     return [_Job(plan, Path(path) if path else None) for plan, path in zip(plans, found, strict=True)]
 
 
@@ -262,8 +270,11 @@ def _carry_out(
                     where = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)
                     where = subprocess.list2cmdline([where]) if os.name == "nt" else shlex.quote(where)
                     _complain(f"stopped; the run so far is in {run.path}; go on with: cifarlab resume {where}", 0)
-                if stop.signal is not None:
-                    sys.exit(128 + stop.signal)
+                # One may have been sent a signal when the loop was over.
+                signals = [number for number in distributed.everyones(stop.signal) if number is not None]
+                if signals:
+                    distributed.leave()
+                    sys.exit(128 + signals[0])
     finally:
         # What has finished is worth seeing, whatever became of the rest.
         if done:
@@ -355,12 +366,12 @@ def test(
     from cifarlab.cli.tables import print_scores
     from cifarlab.experiment import score_run
 
-    place = distributed.join(device)
+    own_device = distributed.join(device)
     shown = distributed.is_first()
     log = score_run(
         run,
         data_folder=data,
-        device=place,
+        device=own_device,
         report=say if shown else lambda _: None,
         override=_tta_override(tta),
     )

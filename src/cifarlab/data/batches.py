@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -184,6 +185,9 @@ class _FileRows(TorchDataset[Tensor]):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the training process finishes its step, and needs images for it."""
+    """Ctrl-C reaches every process of the terminal, and torchrun's signals a whole group of processes; the training one
+    finishes its step, and needs images for it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
