@@ -123,18 +123,60 @@ def join(device_name: str) -> torch.device:
     device = _own_device(device_name, found)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            *address, is_master=found.rank == 0 and not hosted, wait_for_workers=False, timeout=MEETING
+        )
+        token = _meet(store, found, device.type)
+        own = distributed.PrefixStore(token, store)  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=own, rank=found.rank, world_size=found.size, timeout=MEETING)
         _control = distributed.new_group(backend="gloo", timeout=PATIENCE)
-        _devices = distributed.new_group(backend="nccl", timeout=PATIENCE) if device.type == "cuda" else _control
+        _devices = distributed.new_group(backend=backend, timeout=PATIENCE) if backend == "nccl" else _control
         _place = found
-        token = str(from_first(lambda: os.urandom(8).hex()))
         _watch = _Watch(found, token)
         everyones(None)  # each has told that it lives before anybody looks
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes of torchrun can't reach one another: {' '.join(str(error).split())}") from error
     _watch.start()
     return device
+
+
+def _meet(store: Any, own: Place, kind: str) -> str:
+    """A name for these processes, which those that torchrun started before them, and that are dead, did not have.
+
+    The store outlives them, and a process that found the address of a dead one there would try to reach it. The first
+    calls all by the numbers that they drew, until each has answered to its own. kind: of device, the same for all.
+    Raises RuntimeError where some don't come, UsageError where their devices are of two kinds.
+    """
+    number, deadline = os.urandom(8).hex(), time.monotonic() + MEETING.total_seconds()
+    store.set(f"cifarlab/here/{own.rank}", json.dumps([number, kind]))
+    called: list[list[str]] = []
+    token = number
+    while True:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all {own.size} of them came within {MEETING.total_seconds():.0f} seconds")
+        if own.rank == 0:
+            here = [json.loads(store.get(f"cifarlab/here/{rank}")) for rank in range(own.size)]
+            if here != called:
+                called = here
+                store.set("cifarlab/call", json.dumps([token, [drawn for drawn, _ in here]]))
+            keys = [f"cifarlab/answer/{rank}" for rank in range(1, own.size)]
+            if store.check(keys) and all(answer == token.encode() for answer in store.multi_get(keys)):
+                store.set(f"cifarlab/kinds/{token}", json.dumps([found for _, found in here]))
+                break
+        elif store.check(["cifarlab/call"]):
+            token, numbers = json.loads(store.get("cifarlab/call"))
+            if len(numbers) == own.size and numbers[own.rank] == number:
+                store.set(f"cifarlab/answer/{own.rank}", token)
+                break
+        time.sleep(0.05)
+    kinds = json.loads(store.get(f"cifarlab/kinds/{token}"))
+    if len(set(kinds)) > 1:
+        raise UsageError(f"some of torchrun's processes use {' and some '.join(sorted(set(kinds)))}; give --device cpu")
+    return str(token)
 
 
 def _own_device(name: str, found: Place) -> torch.device:
@@ -462,7 +504,7 @@ class _Watch(threading.Thread):
             self._talking.join(SILENCE)
         with contextlib.suppress(RuntimeError, ValueError):
             self._tell({"done": True} if complaint is None else {"complaint": complaint})
-            deadline = time.monotonic() + SUSPICION
+            deadline = time.monotonic() + SILENCE
             alike = complaint is not None and not is_first() and self._lost is None
             while alike and time.monotonic() < deadline:
                 said = json.loads(self._look()[0])
