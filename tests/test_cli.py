@@ -399,7 +399,7 @@ def test_a_loss_that_diverges_is_exit_code_4_and_what_finished_before_is_shown(
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as a shell makes them")
 def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path: Path) -> None:
-    run = f"{sys.executable} -m cifarlab run ex1 --dataset digits --runs {tmp_path} --set train.epochs=3"
+    run = f"{sys.executable} -m cifarlab run ex1 --dataset digits --runs {tmp_path} --set train.epochs=1"
     subprocess.run(f"{run} | head -n 1", shell=True, check=True, timeout=120, stdout=subprocess.DEVNULL)
     (log,) = tmp_path.rglob("train.json")
     assert json.loads(log.read_text())["status"] == "finished"

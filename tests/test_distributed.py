@@ -32,10 +32,12 @@ NETWORK = [
 ]
 SETTINGS = {
     "plain": [],
-    "accumulated": ["train.accumulate=2"],
-    "mixed and weighted": ["loss={mixup: 0.4, cutmix: 1.0, class_weights: balanced, label_smoothing: 0.1}"],
+    "mixed": [
+        "loss={mixup: 0.4, cutmix: 1.0, class_weights: balanced, label_smoothing: 0.1}",
+        "train.accumulate=2",
+    ],
     "pruned": ["train.prune={share: 0.5}", "train.epochs=4"],
-    "streamed": ["data={memory: 1, workers: 1}", "loss.mixup=0.4"],
+    "streamed": ["data={memory: 1, workers: 0}", "loss.mixup=0.4"],
     "cached": [
         "model={name: racing, widths: [8, 8, 8], freeze_stages: 2, cache: float32}",
         "augment={flip: random, views: 1}",
@@ -97,7 +99,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return be
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated", "mixed and weighted", "streamed", "cached"])
+@pytest.mark.parametrize("name", ["plain", "mixed", "streamed", "cached"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_batches_are_those_of_one_process(name: str, size: int, places: Callable[[int, int], None]) -> None:
     """Every image once, its augmentation, partner and share the same, to the last bit."""
@@ -244,7 +246,7 @@ def test_several_processes_are_as_good_as_one(name: str, count: int, tmp_path: P
         path.name for path in one.path.iterdir() if "tfevents" not in path.name
     }
     assert [entry["device"] for entry in two.environment()["processes"]] == ["cpu"] * count
-    check_equal(one, two, tolerance=1e-5 if name in ("plain", "accumulated", "streamed", "cached") else 1e-4)
+    check_equal(one, two, tolerance=1e-5 if name in ("plain", "streamed", "cached") else 1e-4)
 
 
 def test_batch_norm_by_each_process_is_that_of_a_batch_in_parts(tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
         assert found["test_looks"] == count
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_going_on_in_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
     overrides = settings("pruned")  # the losses of all images, and an epoch's half
     one = alone(tmp_path / "one", overrides)

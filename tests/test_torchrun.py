@@ -99,7 +99,7 @@ def launch() -> Iterator[Callable[..., Launched]]:
 
 
 def test_others_stop_where_one_is_killed_and_torchrun_goes_on(launch: Callable[..., Launched], tmp_path: Path) -> None:
-    job = launch(tmp_path, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", epochs=2)
+    job = launch(tmp_path, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", epochs=1)
     job.wait_for(job.checkpoint, 120)
     killed = job.worker(1)
     killed.kill()
@@ -113,7 +113,7 @@ def test_others_stop_where_one_is_killed_and_torchrun_goes_on(launch: Callable[.
     assert len(list(tmp_path.rglob("train.json"))) == 1
     assert run.done
     log = run.train_log()
-    assert [entry["epoch"] for entry in log["epochs"]] == [1, 2]
+    assert [entry["epoch"] for entry in log["epochs"]] == [1]
     assert "error" not in log
     assert run.environment()["resumed"][0]["from_step"] % 5 == 0
 
