@@ -42,11 +42,11 @@ def test_every_kind_of_operation_is_counted(straight: tuple[list[tuple[str, str]
 def test_the_nth_operation_goes_wrong(
     shift: int, tmp_path: Path, straight: tuple[list[tuple[str, str]], dict[str, Any]]
 ) -> None:
-    """The ways take turns, so that all of these together are every operation, once."""
+    """Every second operation, the ways in turn. `make torture` takes every operation, each in several ways."""
     operations, left = straight
     cases = [
         (tmp_path / str(nth), nth, faults.HOWS[(nth // len(faults.HOWS)) % len(faults.HOWS)], left)
-        for nth in range(1 + shift, len(operations) + 1, len(faults.HOWS))
+        for nth in range(1 + shift, len(operations) + 1, 2 * len(faults.HOWS))
     ]
     with ThreadPoolExecutor(2) as pool:
         ended = list(pool.map(lambda case: disturbed(*case), cases))
