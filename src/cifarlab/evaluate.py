@@ -100,32 +100,24 @@ def predict(
     batches = in_batches(samples, batch_size)
     dealt = [list(part) for part in np.array_split(np.arange(len(batches)), place.size)]
     shares = [torch.cat([batches[number] for number in numbers]) if numbers else samples[:0] for numbers in dealt]
-    logits = _in_memory(network, store, shares[place.rank], pipeline, batch_size, tta, seed, remember)
+    own = partial(_predict, network, store, shares[place.rank], pipeline, tta=tta, seed=seed, remember=remember)
+    logits = _in_memory(own, batch_size, store.device)
     logits = distributed.gather_rows(logits, [len(share) for share in shares])
     labels = store.labels[machine.upload(samples, store.labels.device)].cpu()
     return Predictions(logits, labels, samples)
 
 
-def _in_memory(
-    network: Classifier,
-    store: ImageStore,
-    samples: Tensor,
-    pipeline: Pipeline,
-    batch_size: int,
-    tta: Tta,
-    seed: int,
-    remember: str | None,
-) -> Tensor:
-    """`_predict`, with smaller batches where memory runs out."""
+def _in_memory(work: Callable[[int], Tensor], batch_size: int, device: torch.device) -> Tensor:
+    """What `work` gives in batches of that size; in smaller ones where memory runs out."""
     while True:
         try:
-            return _predict(network, store, samples, pipeline, batch_size, tta, seed, remember)
+            return work(batch_size)
         except (MemoryError, RuntimeError) as error:
             if not machine.is_out_of_memory(error) or batch_size == 1:
                 raise
         # Not in the `except`: the exception holds the frames that hold the memory.
         batch_size = math.ceil(batch_size / 2)
-        machine.give_back_memory(store.device)
+        machine.give_back_memory(device)
 
 
 @torch.inference_mode()

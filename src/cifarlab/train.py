@@ -213,7 +213,7 @@ class EpochSums:
 
     def means(self) -> tuple[float, float]:
         """Loss, and accuracy in this process. Waits for the device."""
-        return self.loss.item() / self.weight.item(), self.correct.item() / max(self.answers.item(), 1e-9)
+        return self.loss.item() / self.weight.item(), self.correct.item() / self.answers.item()
 
     def of_all(self) -> EpochSums:
         """The same with all processes' answers; to be called in each. Itself where there is one."""
@@ -1008,12 +1008,9 @@ def backward(
     whole = of_all.weight if of_all is not None else total_weight(batch, task.class_weights)
     total = torch.zeros((), device=batch.labels.device)
     outputs = []
-    divided = of_all is not None and of_all.parts is not None
-    rows_of_all = torch.arange(len(batch.labels))
-    if of_all is not None and of_all.parts is not None:
-        parts = torch.split(rows_of_all, list(of_all.parts))
-    else:
-        parts = in_batches(rows_of_all, part_size)
+    places, sizes = torch.arange(len(batch.labels)), of_all.parts if of_all is not None else None
+    parts = in_batches(places, part_size) if sizes is None else torch.split(places, list(sizes))
+    divided = sizes is not None
     normalising = SyncBatchNorm() if divided and recipe.train.sync_batchnorm else contextlib.nullcontext()
     for rows in parts:
         part = batch if len(parts) == 1 else _rows(batch, int(rows[0]), int(rows[-1]) + 1)
