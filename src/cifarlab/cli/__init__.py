@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from cifarlab import __version__
+from cifarlab.cli.ablate import ablate
 from cifarlab.cli.bench import bench
 from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
 from cifarlab.cli.data import data_app
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command("lr-find")(lr_find)
+app.command()(ablate)
 app.command()(bench)
 app.command()(doctor)
 app.command("verify-resume")(verify_resume)

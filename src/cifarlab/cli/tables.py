@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cifarlab.bench.measure import Pair
-from cifarlab.compare import COLUMNS, Row, lines
+from cifarlab.compare import COLUMNS, Figure, Row, lines, percent, seconds
 from cifarlab.errors import printable
 from cifarlab.recipe import Recipe, load_recipe, recipe_names, recipe_text
 
 if TYPE_CHECKING:
     from cifarlab.bench.hardware import Speed
+    from cifarlab.study import Study
 
 
 def print_comparison(console: Console, rows: Sequence[Row]) -> None:
@@ -37,6 +38,36 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
                 for cells in lines(row):
                     table.add_row(*map(Text, cells))
         console.print(table)
+
+
+def print_study(console: Console, study: Study) -> None:
+    """What a study says of each arm: accuracy, difference to the baseline, verdict; and of the test set."""
+    names = {arm.id: arm.name for arm in study.arms}
+    table = _figures("arm", "validation", "difference", "95 % interval", "p (Holm)")
+    table.add_column("verdict")
+    table.add_column("train time", justify="right")
+    for result in study.results:
+        several = f" ×{result.n}" if result.n > 1 else ""
+        more = f", {result.more_seeds:,} more seeds would resolve {100 * study.resolve:g}" if result.more_seeds else ""
+        table.add_row(
+            *map(Text, (
+                printable(names[result.arm]) + several,
+                percent(Figure(result.mean, result.std)),
+                "–" if result.difference is None else f"{100 * result.difference:+.2f}",
+                "–" if result.low is None or result.high is None
+                else f"{100 * result.low:+.2f} to {100 * result.high:+.2f}",
+                "–" if result.p_holm is None else f"{result.p_holm:.3f}" if result.p_holm >= 0.001 else "< 0.001",
+                result.verdict + more,
+                seconds(Figure(result.seconds, None)),
+            ))
+        )  # fmt: skip
+    console.print(table)
+    looks = study.test.looks if study.test is not None else []
+    for arm in dict.fromkeys(look.arm for look in looks):
+        scores = [look.accuracy for look in looks if look.arm == arm]
+        console.print(Text(f"test set, {printable(names[arm])} ×{len(scores)}: {percent(Figure.of(scores))}"))
+    if looks:
+        console.print(Text(f"looks at the test set: {len(looks)}"))
 
 
 def print_recipes(console: Console) -> None:

@@ -1,0 +1,164 @@
+"""`cifarlab ablate`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
+from cifarlab.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from cifarlab.ablate import Conduct, Workers
+
+STUDIES = Path("studies")
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m)?\s*(?:(\d+(?:\.\d+)?)s)?")
+
+
+class Designs(StrEnum):
+    grid = "grid"
+    one_at_a_time = "one-at-a-time"
+    leave_one_out = "leave-one-out"
+
+
+def ablate(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name ('cifarlab recipes' lists them) or a YAML file.")],
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=V1,V2…", help="A field and its values; KEY=…;KEY=… vary together. May be given again."
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm: the recipe's seed, and those after it.")] = 3,
+    design: Annotated[
+        Designs,
+        typer.Option(
+            help="grid: all combinations. one-at-a-time: the recipe, and each value alone. leave-one-out: all that is "
+            "varied (KEY=WITH,WITHOUT, or KEY=WITHOUT), and each left out."
+        ),
+    ] = Designs.grid,
+    dataset: Annotated[str | None, typer.Option(help="The dataset. [default: the recipe's first]")] = None,
+    name: Annotated[str | None, typer.Option(help="The study's name. [default: the recipe's and the fields']")] = None,
+    studies: Annotated[Path, typer.Option(readable=False, help="Folder that the study's folder goes into.")] = STUDIES,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="End after so long, as in 2h, 90m; the same command goes on.")
+    ] = None,
+    resolve: Annotated[
+        float, typer.Option(min=0.001, max=99, help="A difference worth knowing, in points of accuracy.")
+    ] = 0.2,
+    on: Annotated[
+        str, typer.Option(metavar="WHERE", help="local:N for N runs at a time, cores and GPUs dealt out among them.")
+    ] = "local",
+    data: DataOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Find out what a change is worth: runs with paired seeds, differences with intervals, a verdict for each arm.
+
+    Validation accuracy decides; the test set is scored once at the end, for the best arm and the baseline. The same
+    command goes on with a study that was interrupted.
+
+    Examples:
+
+      cifarlab ablate ex1 --vary optimizer.lr=3e-4,1e-3,3e-3 --seeds 5
+
+      cifarlab ablate fast90 --set data.validation=0.1 --design leave-one-out --vary train.prune=null
+
+      cifarlab ablate ex1 --vary 'train.batch_size=64,256;optimizer.lr=1e-3,2e-3' --on local:2
+    """
+    from cifarlab.ablate import Conduct, Conductor, merged, open_or_create, plan_study
+    from cifarlab.cli.tables import print_study
+    from cifarlab.factors import parse_factor
+    from cifarlab.recipe import load_recipe
+
+    seconds = None if budget is None else parse_time(budget, "--budget")
+    plan = load_recipe(recipe, set_ or [])
+    factors = [parse_factor(text) for text in vary]
+    called = check_name(name or _name_of(plan.name, [field for factor in factors for field in factor.fields]))
+    study = plan_study(
+        called, plan, factors, design.value, dataset=dataset or plan.datasets[0],
+        seeds=range(plan.seed, plan.seed + seeds), resolve=resolve / 100, command=["cifarlab", *sys.argv[1:]],
+    )  # fmt: skip
+    conduct = Conduct(data=data, device=device, budget=seconds)
+    workers = _workers(on, device)
+    folder, there = open_or_create(studies / called, study)
+    with folder.locked(), _signals(conduct, workers) as received:
+        study = merged(folder.read(), study) if there else study
+        folder.write(study)
+        say(f"study: {folder.path}, {len(study.arms)} arms, {len(study.seeds)} seeds")
+        study = Conductor(folder, study, workers, conduct, say).carry_out()
+        print_study(make_console(), study)
+    failed = [run for run in study.runs if run.status == "failed"]
+    if study.status == "stopped":
+        left = sum(run.status not in ("finished", "diverged", "pruned") for run in study.runs)
+        say(f"{left} of {len(study.runs)} runs are left; the same command goes on with them")
+    if received:
+        sys.exit(128 + received[0])
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(study.runs)} runs failed; the first: {failed[0].error}; what it printed is in "
+            f"{folder.place(failed[0]) / 'output.txt'}; the same command tries them again"
+        )
+
+
+def parse_time(text: str, option: str) -> float:
+    """`2h`, `90m`, `1h30m`, `45s` as seconds. Raises UsageError."""
+    found = _TIME.fullmatch(text.strip())
+    hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if not 0 < total < 1e9:
+        raise UsageError(f"{option} {text}: expected a time such as 30s, 10m, 2h or 1h30m")
+    return total
+
+
+def check_name(name: str) -> str:
+    """A study's name, which names its folder. Raises UsageError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name) or name.endswith("."):
+        raise UsageError(
+            f"--name {name[:60]!r}: expected at most 100 letters, digits and . _ + -, beginning with a letter or digit"
+        )
+    return name
+
+
+def _name_of(recipe: str, fields: list[str]) -> str:
+    parts = dict.fromkeys(re.sub(r"[^A-Za-z0-9_]+", "-", field.split(".")[-1]).strip("-") for field in fields)
+    return "-".join([recipe, *parts])[:100].strip("-.")
+
+
+def _workers(text: str, device: str) -> Workers:
+    from cifarlab.workers import LocalWorkers, gpus_of, parse_workers
+
+    kind, rest = parse_workers(text)
+    if kind == "ray":
+        raise UsageError("--on ray: not here yet")
+    return LocalWorkers(int(rest), gpus_of(device))
+
+
+@contextmanager
+def _signals(conduct: Conduct, workers: Workers) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM have the runs save and end; the second time they are ended at once. Gives those received."""
+    import signal
+
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:
+            conduct.stopped.set()
+            sys.stderr.write("\ncifarlab: the runs finish their step and save; once more to leave at once\n")
+        else:
+            workers.close()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
