@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -261,6 +263,116 @@ def test_names_and_places_are_checked() -> None:
     for where in ("local:0", "local:x", "cloud", "ray:host", "ray://"):
         with pytest.raises(UsageError, match="--on"):
             parse_workers(where)
+
+
+# --- search -----------------------------------------------------------------------------------------
+
+
+def search(place: Path, workers: Any, trials: int, *, pruning: Any = "none", **conduct: Any) -> tuple[Study, list[str]]:
+    from cifarlab.search import Search
+
+    factors = [parse_factor("optimizer.lr=1e-4..1e-1", ranges=True), parse_factor("augment.flip=random,null")]
+    plan = plan_study(
+        "s", load_recipe("ex1"), factors, "search", dataset="digits", seeds=[0], resolve=0.002, command=[]
+    )  # fmt: skip
+    folder, there = open_or_create(place, plan)
+    plan = merged(folder.read(), plan) if there else plan
+    folder.write(plan)
+    said: list[str] = []
+    conductor = Search(folder, plan, workers, Conduct(**conduct), said.append, trials=trials, pruning=pruning)
+    return conductor.carry_out(), said
+
+
+def peak(rate: float, seed: int) -> float:
+    """Best at a rate of 0.01: half a point less for each factor of 10 away from it, squared."""
+    return round(0.9 - 0.1 * (math.log10(rate) + 2) ** 2, 4)
+
+
+def test_a_search_draws_from_ranges_and_values_and_finds_the_best(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    study, _ = search(tmp_path / "s", Pretended(peak), 25)
+    tried = study.arms[1:]
+    assert len(tried) == 25 and study.status == "finished"
+    rates = [arm.changes["optimizer.lr"] for arm in tried]
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+    assert {arm.changes["augment.flip"] for arm in tried} == {"random", None}
+    # Log-uniform at first: as many below the middle of the logarithms as above; then near the best.
+    assert 2 <= sum(rate < 10**-2.5 for rate in rates[:10]) <= 8
+    assert min(abs(math.log10(rate) + 2) for rate in rates) < 0.1
+    best = max(study.results, key=lambda result: result.mean or 0)
+    assert study.test is not None and {look.arm for look in study.test.looks} == {best.arm, "00-baseline"}
+
+
+def test_a_search_goes_on_with_what_it_knows_and_with_more_trials(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    stopped = threading.Event()
+    count = 0
+
+    def outcome(rate: float, seed: int) -> float | str:
+        nonlocal count
+        count += 1
+        if count == 6:
+            stopped.set()
+            return "stopped"
+        return peak(rate, seed)
+
+    study, _ = search(tmp_path / "s", Pretended(outcome), 8, stopped=stopped)
+    assert study.status == "stopped" and len(study.arms) == 6
+    workers = Pretended(peak)
+    study, _ = search(tmp_path / "s", workers, 8)
+    assert workers.asked[0].startswith("resume") and len(study.arms) == 9
+    before = study.runs
+    study, _ = search(tmp_path / "s", Pretended(peak), 12)
+    assert len(study.arms) == 13 and study.runs[:9] == before
+    # What it was told of earlier trials counts: none is tried twice.
+    assert len({arm.name for arm in study.arms}) == 13
+
+
+def test_a_run_with_little_hope_is_given_up_and_counts_as_pruned(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+
+    class Slow(Pretended):
+        """Each run shows three epochs before it ends, unless it is stopped."""
+
+        def run(self, task: Task, stop: Callable[[], bool]) -> int:
+            code = super().run(task, stop)
+            if task.arguments[0] != "run":
+                return code
+            folder = next(iter(task.place.rglob("train.json"))).parent
+            whole = RunFolder(folder).train_log()
+            for epochs in (1, 2, 3):
+                entries = [{**whole["epochs"][0], "epoch": number + 1} for number in range(epochs)]
+                RunFolder(folder).write_train_log({**whole, "status": "running", "epochs": entries})
+                if stop():
+                    RunFolder(folder).write_train_log({**whole, "status": "stopped", "epochs": entries})
+                    return 143
+            RunFolder(folder).write_train_log(whole)
+            return 0
+
+    study, said = search(tmp_path / "s", Slow(peak), 20, pruning="median")
+    status = {run.arm: run.status for run in study.runs}
+    pruned = [arm for arm in study.arms if status[arm.id] == "pruned"]
+    assert 3 <= len(pruned) <= 15 and study.status == "finished"
+    assert any(": pruned" in line for line in said)
+    kept = [peak(arm.changes["optimizer.lr"], 0) for arm in study.arms[1:] if status[arm.id] == "finished"]
+    given_up = [peak(arm.changes["optimizer.lr"], 0) for arm in pruned]
+    assert max(given_up) < max(kept)
+    assert statistics.median(given_up) < statistics.median(kept)
+    assert study.results[study.arms.index(pruned[0])].n == 0
+    again = Slow(peak)
+    assert search(tmp_path / "s", again, 20, pruning="median")[0].runs == study.runs
+    assert again.asked == []
+
+
+def test_ends_of_ranges_are_checked_before_anything_starts() -> None:
+    with pytest.raises(UsageError, match="label_smoothing"):
+        plan_study(
+            "s", load_recipe("ex1"), [parse_factor("loss.label_smoothing=0.1..2", ranges=True)], "search",
+            dataset="digits", seeds=[0], resolve=0.002, command=[],
+        )  # fmt: skip
+    whole = parse_factor("train.batch_size=32..512", ranges=True)
+    assert isinstance(whole.low, int)
+    assert isinstance(parse_factor("train.batch_size=32.0..512", ranges=True).low, float)
 
 
 # --- processes --------------------------------------------------------------------------------------

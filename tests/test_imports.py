@@ -77,7 +77,9 @@ ORDER = (
     "bench bench.*",
     "factors",
     "ablate",
+    "search",
     "workers",
+    "ray_workers",
     "cli cli.*",
     "__main__",
 )

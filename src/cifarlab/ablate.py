@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -101,9 +101,7 @@ def plan_study(
             f"{recipe.name}: data.validation is 0, and a study decides by validation accuracy; "
             "add --set data.validation=0.1"
         )
-    arms = (
-        make_arms(recipe, factors, design) if design != "search" else [(Arm(id="00-baseline", name="baseline"), recipe)]
-    )
+    arms = make_arms(recipe, factors, design)
     for arm, made in arms:
         if made.train.batch_size == "auto":
             raise RecipeError(f"train.batch_size is auto ({arm.name}): arms need the same one; set a number")
@@ -182,6 +180,7 @@ class Conductor:
         waiting = [run for run in self.study.runs if run.status not in ENDED]
         if waiting:
             self._carry_out_all(waiting)
+        self._go_further()
         if any(run.status not in ENDED for run in self.study.runs):
             self._update(status="stopped")
         else:
@@ -189,22 +188,23 @@ class Conductor:
             self._update(status="finished")
         return self.study
 
+    def _go_further(self) -> None:
+        """What is found to be done on the way: nothing, where the plan has all."""
+
     # --- runs ---
 
     def _carry_out_all(self, waiting: list[Run]) -> None:
-        pool = ThreadPoolExecutor(self.workers.slots)
-        running: set[Future[None]] = set()
-        try:
+        with self._pool() as pool:
             first = pool.submit(self._carry_out, waiting[0])
-            running.add(first)
             self._wait_for_numerics(first, waiting[0])
-            for run in waiting[1:]:
-                running.add(pool.submit(self._carry_out, run))
-            while running:
-                # In short waits, as a signal is handled between them.
-                done, running = wait(running, timeout=WATCH_SECONDS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
+            wait_for([first, *(pool.submit(self._carry_out, run) for run in waiting[1:])])
+
+    @contextmanager
+    def _pool(self) -> Iterator[ThreadPoolExecutor]:
+        """A thread for each run at a time. Where something goes wrong, all that run are ended."""
+        pool = ThreadPoolExecutor(self.workers.slots)
+        try:
+            yield pool
         except BaseException:
             self.conduct.stopped.set()
             self.workers.close()
@@ -212,7 +212,7 @@ class Conductor:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _wait_for_numerics(self, first: Future[None], run: Run) -> None:
+    def _wait_for_numerics(self, first: Future[Run], run: Run) -> None:
         """Once the first run has found the fastest numerics, all arms have them: timed apart, they might differ."""
         if make_recipe(self.study.recipe).train.numerics != "auto" or self.study.numerics is not None:
             return
@@ -230,9 +230,10 @@ class Conductor:
                 raise RunError(self._failed(run))
             wait([first], timeout=WATCH_SECONDS)
 
-    def _carry_out(self, run: Run) -> None:
+    def _carry_out(self, run: Run, hopeless: Callable[[], bool] = lambda: False) -> Run:
+        """Carry a run out, or on, and return its record. One that is `hopeless` is given up, and counts as pruned."""
         if self._over():
-            return
+            return run
         arm = next(arm for arm in self.study.arms if arm.id == run.arm)
         before = self.folder.folder(run)
         self._record(run.model_copy(update={"status": "running", "error": None}))
@@ -246,8 +247,17 @@ class Conductor:
             arguments = ["resume", str(before.path)]
         began = time.monotonic()
         title = f"{arm.name} seed {run.seed}"
-        code = self.workers.run(Task(title, (*arguments, *self._common()), place), self._over)
+        given_up = False
+
+        def stop() -> bool:
+            nonlocal given_up
+            given_up = given_up or hopeless()
+            return given_up or self._over()
+
+        code = self.workers.run(Task(title, (*arguments, *self._common()), place), stop)
         found = as_recorded(run, self.folder, self.folder.folder(run))
+        if given_up and found.status == "stopped":
+            found = found.model_copy(update={"status": "pruned"})
         if found.status == "waiting" or (code and found.status == "finished"):
             reason = last_line(place / "output.txt")
             found = found.model_copy(update={"status": "failed", "error": reason or f"it ended with exit code {code}"})
@@ -255,6 +265,7 @@ class Conductor:
             self._took[run.arm, run.seed] = time.monotonic() - began
         self._record(found)
         self._tell(arm, found, time.monotonic() - began)
+        return found
 
     def _common(self) -> list[str]:
         """What every command gets."""
@@ -370,6 +381,15 @@ class Conductor:
         seconds = total / self.workers.slots
         left = self._left()
         return seconds if left is None else min(seconds, left)
+
+
+def wait_for(futures: Sequence[Future[Any]]) -> None:
+    """Wait until all are done, or one fails. In short waits, as a signal is handled between them."""
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=WATCH_SECONDS, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
 
 
 def last_line(path: Path) -> str | None:

@@ -59,10 +59,12 @@ def parse_factor(text: str, *, ranges: bool = False) -> Factor:
 
 
 def _range(field: str, low_text: str, high_text: str, text: str) -> Factor:
+    low: int | float
+    high: int | float
     try:
-        low, high = float(low_text), float(high_text)
+        low, high = (int(end) if end.isdecimal() else float(end) for end in (low_text, high_text))
     except ValueError:
-        low = high = 0.0
+        low = high = 0
     if not 0 < low < high < float("inf"):
         raise UsageError(
             f"--vary {short(text)}: expected LOW..HIGH, two numbers above 0, for example --vary optimizer.lr=1e-4..1e-1"
@@ -79,8 +81,15 @@ def make_arms(recipe: Recipe, factors: Sequence[Factor], design: Design) -> list
     leave-one-out   a factor has one value, without it, or two: with it and without it (by default the recipe's own is
                     with it). The baseline has all factors, each arm lacks one, and the last lacks all
 
+    search          the baseline alone: the others are found on the way. Every value, and both ends of a range, can be
+
     A combination that is the same recipe as another is left out.
     """
+    if design == "search":
+        for factor in factors:
+            for row in factor.values or [[factor.low], [factor.high]]:
+                varied(recipe, dict(zip(factor.fields, row, strict=True)))
+        return [(Arm(id=arm_id(0, "baseline"), name="baseline"), recipe)]
     if design == "leave-one-out":
         with_all = [_settings(factor, 0) for factor in factors if len(factor.values) == 2]
         baseline: dict[str, Any] = {field: value for settings in with_all for field, value in settings.items()}

@@ -39,13 +39,14 @@ class _Record(BaseModel):
 class Factor(_Record):
     """What is varied: fields, and the values that they take, those of one entry of `values` together.
 
-    Ranges, which a search draws from, have `low` and `high` instead, and are log-uniform.
+    Ranges, which a search draws from, have `low` and `high` instead, and are log-uniform. Where both are integers, so
+    is what is drawn.
     """
 
     fields: list[str] = Field(min_length=1)
     values: list[list[Any]] = []
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
 
 
 class Arm(_Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ class Designs(StrEnum):
     leave_one_out = "leave-one-out"
 
 
+class Pruning(StrEnum):
+    median = "median"
+    asha = "asha"
+    none = "none"
+
+
 def ablate(
     recipe: Annotated[str, typer.Argument(help="A recipe's name ('cifarlab recipes' lists them) or a YAML file.")],
     vary: Annotated[
@@ -47,6 +54,11 @@ def ablate(
     dataset: Annotated[str | None, typer.Option(help="The dataset. [default: the recipe's first]")] = None,
     name: Annotated[str | None, typer.Option(help="The study's name. [default: the recipe's and the fields']")] = None,
     studies: Annotated[Path, typer.Option(readable=False, help="Folder that the study's folder goes into.")] = STUDIES,
+    search: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Try N settings out of values and ranges (KEY=LOW..HIGH) with Optuna."),
+    ] = None,
+    prune: Annotated[Pruning, typer.Option(help="How a search gives up runs with little hope.")] = Pruning.median,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="End after so long, as in 2h, 90m; the same command goes on.")
     ] = None,
@@ -54,8 +66,15 @@ def ablate(
         float, typer.Option(min=0.001, max=99, help="A difference worth knowing, in points of accuracy.")
     ] = 0.2,
     on: Annotated[
-        str, typer.Option(metavar="WHERE", help="local:N for N runs at a time, cores and GPUs dealt out among them.")
+        str,
+        typer.Option(
+            metavar="WHERE",
+            help="local:N: N runs at a time, cores and GPUs dealt out. ray, ray://HOST:10001: a Ray cluster.",
+        ),
     ] = "local",
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Cores of a run on a cluster. [default: its smallest node's, or by GPU]")
+    ] = None,
     data: DataOption = None,
     set_: SetOption = None,
     device: DeviceOption = "auto",
@@ -71,29 +90,40 @@ def ablate(
 
       cifarlab ablate fast90 --set data.validation=0.1 --design leave-one-out --vary train.prune=null
 
+      cifarlab ablate ex1 --search 40 --seeds 1 --vary optimizer.lr=1e-4..1e-1 --vary augment.flip=random,null
+
       cifarlab ablate ex1 --vary 'train.batch_size=64,256;optimizer.lr=1e-3,2e-3' --on local:2
     """
     from cifarlab.ablate import Conduct, Conductor, merged, open_or_create, plan_study
     from cifarlab.cli.tables import print_study
     from cifarlab.factors import parse_factor
     from cifarlab.recipe import load_recipe
+    from cifarlab.workers import parse_workers
 
     seconds = None if budget is None else parse_time(budget, "--budget")
     plan = load_recipe(recipe, set_ or [])
-    factors = [parse_factor(text) for text in vary]
+    factors = [parse_factor(text, ranges=search is not None) for text in vary]
     called = check_name(name or _name_of(plan.name, [field for factor in factors for field in factor.fields]))
     study = plan_study(
-        called, plan, factors, design.value, dataset=dataset or plan.datasets[0],
+        called, plan, factors, design.value if search is None else "search", dataset=dataset or plan.datasets[0],
         seeds=range(plan.seed, plan.seed + seeds), resolve=resolve / 100, command=["cifarlab", *sys.argv[1:]],
     )  # fmt: skip
-    conduct = Conduct(data=data, device=device, budget=seconds)
-    workers = _workers(on, device)
+    kind, where = parse_workers(on)
+    conduct = Conduct(data=data.absolute() if data is not None else None, device=device, budget=seconds)
     folder, there = open_or_create(studies / called, study)
-    with folder.locked(), _signals(conduct, workers) as received:
+    with folder.locked():
         study = merged(folder.read(), study) if there else study
         folder.write(study)
         say(f"study: {folder.path}, {len(study.arms)} arms, {len(study.seeds)} seeds")
-        study = Conductor(folder, study, workers, conduct, say).carry_out()
+        workers = _workers(kind, where, folder.path, device, cpus)
+        with contextlib.closing(workers), _signals(conduct, workers) as received:
+            if search is None:
+                conductor = Conductor(folder, study, workers, conduct, say)
+            else:
+                from cifarlab.search import Search
+
+                conductor = Search(folder, study, workers, conduct, say, trials=search, pruning=prune.value)
+            study = conductor.carry_out()
         print_study(make_console(), study)
     failed = [run for run in study.runs if run.status == "failed"]
     if study.status == "stopped":
@@ -132,13 +162,16 @@ def _name_of(recipe: str, fields: list[str]) -> str:
     return "-".join([recipe, *parts])[:100].strip("-.")
 
 
-def _workers(text: str, device: str) -> Workers:
-    from cifarlab.workers import LocalWorkers, gpus_of, parse_workers
+def _workers(kind: str, where: str, study: Path, device: str, cpus: int | None) -> Workers:
+    if kind == "local":
+        from cifarlab.workers import LocalWorkers, gpus_of
 
-    kind, rest = parse_workers(text)
-    if kind == "ray":
-        raise UsageError("--on ray: not here yet")
-    return LocalWorkers(int(rest), gpus_of(device))
+        if cpus is not None:
+            raise UsageError("--cpus is for --on ray; --on local:N deals out this machine's cores")
+        return LocalWorkers(int(where), gpus_of(device))
+    from cifarlab.ray_workers import RayWorkers
+
+    return RayWorkers(f"ray://{where}" if where else "", study, device, cpus)
 
 
 @contextmanager
