@@ -42,30 +42,36 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
 
 def print_study(console: Console, study: Study) -> None:
     """What a study says of each arm: accuracy, difference to the baseline, verdict; and of the test set."""
-    names = {arm.id: arm.name for arm in study.arms}
-    table = _figures("arm", "validation", "difference", "95 % interval", "p (Holm)")
+    names = {arm.id: printable(arm.name) for arm in study.arms}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm", overflow="fold", min_width=11)
+    for heading in ("validation", "difference,\n95 % interval", "p\n(Holm)"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict")
-    table.add_column("train time", justify="right")
+    table.add_column("train\ntime", justify="right", no_wrap=True)
     for result in study.results:
-        several = f" ×{result.n}" if result.n > 1 else ""
-        more = f", {result.more_seeds:,} more seeds would resolve {100 * study.resolve:g}" if result.more_seeds else ""
-        table.add_row(
-            *map(Text, (
-                printable(names[result.arm]) + several,
-                percent(Figure(result.mean, result.std)),
-                "–" if result.difference is None else f"{100 * result.difference:+.2f}",
-                "–" if result.low is None or result.high is None
-                else f"{100 * result.low:+.2f} to {100 * result.high:+.2f}",
-                "–" if result.p_holm is None else f"{result.p_holm:.3f}" if result.p_holm >= 0.001 else "< 0.001",
-                result.verdict + more,
-                seconds(Figure(result.seconds, None)),
-            ))
-        )  # fmt: skip
+        cells = [
+            names[result.arm] + (f" ×{result.n}" if result.n > 1 else ""),
+            percent(Figure(result.mean, result.std)),
+            "–" if result.difference is None else f"{100 * result.difference:+.2f}",
+            "–" if result.p_holm is None else f"{result.p_holm:.3f}" if result.p_holm >= 0.001 else "< .001",
+            result.verdict,
+            seconds(Figure(result.seconds, None)),
+        ]
+        if result.low is not None and result.high is not None:
+            cells[2] += f" ± {50 * (result.high - result.low):.2f}"
+        table.add_row(*map(Text, cells))
     console.print(table)
+    for result in study.results:
+        if result.more_seeds and study.design != "search":  # which has no end of arms
+            sentence = (
+                f"about {result.more_seeds:,} more seeds would tell a difference of {100 * study.resolve:g} points"
+            )
+            console.print(Text(f"{names[result.arm]}: {sentence}"))
     looks = study.test.looks if study.test is not None else []
     for arm in dict.fromkeys(look.arm for look in looks):
         scores = [look.accuracy for look in looks if look.arm == arm]
-        console.print(Text(f"test set, {printable(names[arm])} ×{len(scores)}: {percent(Figure.of(scores))}"))
+        console.print(Text(f"test set, {names[arm]} ×{len(scores)}: {percent(Figure.of(scores))}"))
     if looks:
         console.print(Text(f"looks at the test set: {len(looks)}"))
 
