@@ -25,7 +25,7 @@ from cifarlab.errors import RunError, UsageError
 from cifarlab.factors import parse_factor
 from cifarlab.recipe import load_recipe, make_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.study import Study, StudyFolder
+from cifarlab.study import Study, StudyFolder, as_recorded
 from cifarlab.workers import LocalWorkers, parse_workers
 
 
@@ -198,6 +198,24 @@ def test_a_run_that_diverges_or_fails_does_not_end_the_study(tmp_path: Path) -> 
     study, _ = carry_out(tmp_path / "s", plan(), workers)
     assert workers.asked[:2] == ["resume 0.003 0", "resume 0.003 1"]
     assert study.status == "finished"
+
+
+@pytest.mark.parametrize("damage", ["{", '{"status": "finished", "dataset": "digits", "epochs": []}', '"x"'])
+def test_a_run_whose_record_is_damaged_counts_as_failed(tmp_path: Path, damage: str) -> None:
+    study, _ = carry_out(tmp_path / "s", plan(), Pretended(accuracy))
+    (tmp_path / "s" / str(study.runs[0].folder) / "train.json").write_text(damage)
+    folder = StudyFolder(tmp_path / "s")
+    found = as_recorded(study.runs[0], folder, folder.folder(study.runs[0]))
+    assert (found.status, found.val_accuracy) == ("failed", None)
+    assert "damaged" in str(found.error)
+
+
+def test_a_run_that_was_killed_before_its_pictures_is_not_over(tmp_path: Path) -> None:
+    study, _ = carry_out(tmp_path / "s", plan(), Pretended(accuracy))
+    (tmp_path / "s" / str(study.runs[1].folder) / "loss.png").unlink()
+    workers = Pretended(accuracy)
+    carry_out(tmp_path / "s", plan(), workers)
+    assert workers.asked[0] == "resume 0.002 0"
 
 
 def test_all_arms_have_the_numerics_that_the_first_run_found(tmp_path: Path) -> None:

@@ -199,6 +199,14 @@ def test_results_are_paired_corrected_and_in_words() -> None:
     assert found[1].more_seeds is None and found[0].seconds == 10.0
 
 
+def test_equal_accuracies_of_runs_that_did_not_do_the_same_are_not_identical() -> None:
+    made = study({"base": [0.5, 0.6, 0.7], "arm": [0.5, 0.6, 0.7]})
+    made.runs[4].losses = "another"
+    found = results(made)[1]
+    assert (found.verdict, found.difference, found.p) == ("within noise", 0.0, 1.0)
+    assert found.low is not None and found.low < 0
+
+
 def test_only_seeds_that_both_have_are_compared() -> None:
     found = results(study({"base": [0.5, 0.6, None, 0.7], "arm": [0.51, None, 0.9, 0.72]}))[1]
     assert (found.n, found.pairs) == (3, 2)

@@ -219,9 +219,10 @@ def find_studies(places: Sequence[Path]) -> list[StudyFolder]:
 
 def as_recorded(run: Run, study: StudyFolder, folder: RunFolder | None) -> Run:
     """A run's record from what its folder says; what is damaged counts as failed."""
+    nothing = {"folder": None, "status": "waiting", "val_accuracy": None, "losses": None, "error": None}
     if folder is None:
-        return run.model_copy(update={"folder": None, "status": "waiting"})
-    place = {"folder": study.relative(folder.path)}
+        return run.model_copy(update=nothing)
+    place = {**nothing, "folder": study.relative(folder.path)}
     try:
         log, done = folder.train_log(), folder.done
         if done:
@@ -243,8 +244,8 @@ def as_recorded(run: Run, study: StudyFolder, folder: RunFolder | None) -> Run:
     else:
         found = {"status": "pruned" if run.status == "pruned" else "stopped"}
     measured = {"seconds": seconds if isinstance(seconds, int | float) else None, "images": images}
-    nothing = {"val_accuracy": None, "losses": None, "error": None if reason is None else str(reason)}
-    return run.model_copy(update={**place, **nothing, **measured, **found})
+    said = {"error": None if reason is None else str(reason)}
+    return run.model_copy(update={**place, **measured, **said, **found})
 
 
 # --- results --------------------------------------------------------------------------------------
