@@ -342,8 +342,29 @@ def test_a_search_goes_on_with_what_it_knows_and_with_more_trials(tmp_path: Path
     before = study.runs
     study, _ = search(tmp_path / "s", Pretended(peak), 12)
     assert len(study.arms) == 13 and study.runs[:9] == before
-    # What it was told of earlier trials counts: none is tried twice.
-    assert len({arm.name for arm in study.arms}) == 13
+    assert len({arm.name for arm in study.arms}) == 13  # none is tried twice
+    # What it was told of earlier trials counts: it looks where they were good. By chance it would be 0.75 away.
+    study, _ = search(tmp_path / "s", Pretended(peak), 24)
+    away = [abs(math.log10(arm.changes["optimizer.lr"]) + 2) for arm in study.arms[13:]]
+    assert statistics.fmean(away) < 0.5
+
+
+def test_a_trial_that_fails_does_not_end_a_search_and_is_tried_again(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    count = 0
+
+    def outcome(rate: float, seed: int) -> float | str:
+        nonlocal count
+        count += 1
+        return "failed:out of memory" if count == 3 else peak(rate, seed)
+
+    study, _ = search(tmp_path / "s", Pretended(outcome), 5)
+    assert [run.status for run in study.runs] == ["finished", "finished", "failed", "finished", "finished", "finished"]
+    assert study.status == "stopped"
+    workers = Pretended(peak)
+    study, _ = search(tmp_path / "s", workers, 5)
+    assert study.status == "finished" and len(study.arms) == 6
+    assert [asked[:4] for asked in workers.asked] == ["resu", "test", "test"]
 
 
 def test_a_run_with_little_hope_is_given_up_and_counts_as_pruned(tmp_path: Path) -> None:

@@ -67,12 +67,12 @@ class Search(Conductor):
                 trial = self._optuna.ask(self._distributions)
                 runs = self._add(trial.params)
             accuracies = self._run_all(runs, trial)
-            if accuracies is None:
-                return  # interrupted, or failed: the same command goes on with it
-            if len(accuracies) == len(runs):
+            if accuracies is None:  # failed, or interrupted: the same command goes on with it
+                self._optuna.tell(trial, state=_states().FAIL)
+            elif len(accuracies) == len(runs):
                 self._optuna.tell(trial, statistics.fmean(accuracies))
             else:
-                self._optuna.tell(trial, state=_pruned())
+                self._optuna.tell(trial, state=_states().PRUNED)
 
     def _run_all(self, runs: list[Run], trial: optuna.Trial) -> list[float] | None:
         """The accuracies of a trial's runs; fewer, where the first was given up; None where one has not ended."""
@@ -118,9 +118,11 @@ class Search(Conductor):
 
     def _tell_of(self, arm: Arm) -> None:
         """Tell Optuna of a trial of an earlier time."""
-        from optuna.trial import TrialState, create_trial
+        from optuna.trial import create_trial
 
         runs = self.study.runs_of(arm)
+        if any(run.status not in ENDED for run in runs):
+            return
         params = {_key(factor): _param(factor, arm.changes) for factor in self.study.factors}
         pruned = any(run.status == "pruned" for run in runs)
         accuracies = [run.val_accuracy or 0.0 for run in runs]
@@ -129,16 +131,16 @@ class Search(Conductor):
                 params=params,
                 distributions=self._distributions,
                 value=None if pruned else statistics.fmean(accuracies),
-                state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+                state=_states().PRUNED if pruned else _states().COMPLETE,
                 intermediate_values=dict(self._epochs(runs[0])),
             )
         )
 
 
-def _pruned() -> Any:
+def _states() -> Any:
     from optuna.trial import TrialState
 
-    return TrialState.PRUNED
+    return TrialState
 
 
 def never() -> bool:
