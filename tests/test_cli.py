@@ -162,7 +162,7 @@ def test_a_run_leaves_the_whole_record_and_a_table(
         names = {path.name for path in folder.path.iterdir()}
         expected = {
             "recipe.yaml", "environment.json", "train.json", "test.json", "best.pth", "loss.png", "accuracy.png",
-            "confusion_matrix.png", "predictions.npz", "validation_predictions.npz",
+            "confusion_matrix.png", "predictions.npz", "validation_predictions.npz", "examples.npz",
         }  # fmt: skip
         assert expected <= names and any(name.startswith("events.out.tfevents") for name in names)
         assert str(folder.path) in out

@@ -64,6 +64,7 @@ ORDER = (
     "train",
     "build",
     "choices",
+    "examples",
     "lr_find",
     "predict",
     "export",
