@@ -242,6 +242,7 @@ HEAVY = (
         (["run", "--help"], HEAVY),
         (["compare", "--help"], HEAVY),
         (["models", "--help"], HEAVY),
+        (["report", "--help"], HEAVY),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], heavy: tuple[str, ...]) -> None:
