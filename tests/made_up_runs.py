@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cifarlab import metrics
 from cifarlab.recipe import load_recipe
+from cifarlab.report.data import Report, read_report
 from cifarlab.rundir import RunFolder
 
 HOSTILE = "</script><script>alert(1)</script>=cmd|'/C calc'!A0 \x1b[31m \u2028 \"&\ud800"
@@ -25,14 +27,16 @@ def make_logs(generator: np.random.Generator, accuracy: float, epochs: int, seco
     val = accuracy * rise + generator.normal(0, 0.008, epochs)
     train = val + 0.06 * rise**3
     return {
-        "status": "finished", "dataset": "cifar10", "classes": 10, "parameters": 545_098, "started": "2026-11-28T14:00:00",
-        "best_epoch": int(val.argmax()) + 1, "best_weights": "raw", "best_val_accuracy": float(val.max()),
-        "stopped_early": False, "overfitting_gap": float((train - val)[-1]), "train_time": seconds,
+        "status": "finished", "dataset": "cifar10", "classes": 10, "parameters": 545_098,
+        "started": "2026-11-28T14:00:00", "best_epoch": int(val.argmax()) + 1, "best_weights": "raw",
+        "best_val_accuracy": float(val.max()), "stopped_early": False, "train_time": seconds,
+        "overfitting_gap": float((train - val)[-1]),
         "wall_time": seconds * 1.1, "images_per_second": 45_000 * epochs / seconds, "peak_memory": 1_200_000_000,
         "flops": 2e14, "flops_per_second": 2e14 / seconds,
         "epochs": [
             {
-                "epoch": epoch + 1, "train_loss": 2.3 * (1 - train[epoch]) + 0.05, "train_accuracy": float(train[epoch]),
+                "epoch": epoch + 1,
+                "train_loss": 2.3 * (1 - train[epoch]) + 0.05, "train_accuracy": float(train[epoch]),
                 "val_loss": 2.3 * (1 - val[epoch]) + 0.2 * rise[epoch] ** 4, "val_accuracy": float(val[epoch]),
                 "ema_val_loss": None, "ema_val_accuracy": None, "seconds": seconds / epochs,
                 "lr": 1e-3 * float(1 + np.cos(np.pi * epoch / epochs)) / 2 + 1e-6,
@@ -83,9 +87,8 @@ def make_run(
     (place / "test.json").write_text(json.dumps(test))
     (place / "environment.json").write_text(json.dumps(environment(dataset, count)))
     if pictures:
-        keep = {"logits": logits, "labels": labels, "index": np.arange(count)}
-        np.savez(place / "predictions.npz", **keep)  # type: ignore[arg-type]
-        np.savez(place / "examples.npz", **examples(generator, labels, side))  # type: ignore[arg-type]
+        np.savez(place / "predictions.npz", logits=logits, labels=labels, index=np.arange(count))
+        np.savez(place / "examples.npz", **examples(generator, labels, side))
     return run
 
 
@@ -108,9 +111,9 @@ def environment(dataset: str, count: int) -> dict[str, Any]:
 
 def examples(generator: np.random.Generator, labels: np.ndarray[Any, Any], side: int) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
-    for name in ("most_wrong", "least_sure", "augmented"):
+    for name, length in (("most_wrong", 32), ("least_sure", 32), ("augmented", side)):
         index = generator.permutation(len(labels))[:24].astype(np.int64)
-        ramp = np.linspace(0, 1, side)
+        ramp = np.linspace(0, 1, length)
         colours = generator.uniform(0, 255, (len(index), 3, 2, 1, 1))
         images = colours[:, :, 0] * ramp[:, None] + colours[:, :, 1] * (1 - ramp) * generator.uniform(0.5, 1)
         noise = generator.normal(0, 12, images.shape)
@@ -119,8 +122,8 @@ def examples(generator: np.random.Generator, labels: np.ndarray[Any, Any], side:
     return arrays
 
 
-def make_study(place: Path, *, arms: int = 8, design: str = "grid", **changes: Any) -> Path:
-    """A study.json of made-up figures; returns its path."""
+def make_study(place: Path, *, arms: int = 8, design: str = "grid", changes: dict[str, Any] | None = None) -> Path:
+    """A study.json of made-up figures; returns its path. changes: other entries than those."""
     generator = np.random.default_rng(0)
     place.mkdir(parents=True, exist_ok=True)
     made: list[dict[str, Any]] = [{"id": "00-baseline", "name": "baseline", "changes": {}}]
@@ -155,8 +158,26 @@ def make_study(place: Path, *, arms: int = 8, design: str = "grid", **changes: A
         "results": results,
         "test": {"looks": [{"when": "2026-11-28T15:00:00", "arm": "01-arm", "seed": 0, "accuracy": 0.7}]},
     }  # fmt: skip
-    (place / "study.json").write_text(json.dumps(study | changes))
+    (place / "study.json").write_text(json.dumps(study | (changes or {})))
     return place / "study.json"
+
+
+def a_thousand(place: Path) -> Report:
+    """What is read of a thousand runs, from the records of four; the first 60 have sections."""
+    make_many(place, 4)
+    report = read_report([place])
+    generator = np.random.default_rng(2)
+    some = [replace(report.runs[number % 4], number=number) for number in range(1000)]
+    report.runs = [
+        replace(
+            run,
+            detail=run.detail if run.number < 60 else None,
+            accuracy=float(generator.uniform(0.5, 0.9)),
+            train_time=float(generator.uniform(60, 600)),
+        )
+        for run in some
+    ]
+    return report
 
 
 def make_many(place: Path, count: int) -> None:
@@ -175,7 +196,7 @@ def make_many(place: Path, count: int) -> None:
         run.mkdir(parents=True)
         seconds = float(generator.uniform(60, 600))
         accuracy = min(0.97, 0.5 + 0.08 * float(np.log(seconds / 40)) + float(generator.normal(0, 0.03)))
-        (run / "recipe.yaml").write_text(texts[name, rate].replace("seed: 0", f"seed: {number}"))
+        (run / "recipe.yaml").write_text(texts[name, rate].replace("seed: 0", f"seed: {number % 5}"))
         (run / "train.json").write_text(json.dumps(make_logs(generator, accuracy, 5, seconds)))
         (run / "test.json").write_text(json.dumps({"accuracy": accuracy, "test_time": 1.0, "ece": 0.04}))
         (run / "environment.json").write_text(environment)

@@ -364,7 +364,7 @@ def _sheet(images: np.ndarray[Any, Any]) -> str:
     grid = filled.reshape(rows, COLUMNS, 3, height, width).transpose(0, 3, 1, 4, 2)
     picture = Image.fromarray(np.ascontiguousarray(grid).reshape(rows * height, COLUMNS * width, 3))
     forms = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85, "subsampling": 0})):
+    for kind, options in (("png", {}), ("jpeg", {"quality": 82, "subsampling": 0})):
         buffer = io.BytesIO()
         picture.save(buffer, kind, **options)
         forms.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")

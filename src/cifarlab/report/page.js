@@ -9,7 +9,8 @@
     const node = space ? document.createElementNS(space, name) : document.createElement(name);
     for (const [key, value] of Object.entries(attributes)) {
       if (!known(value) || value === false) continue;
-      if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+      if (key === "size") node.style.fontSize = `${value}px`;
+      else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
       else node.setAttribute(key, value === true ? "" : value);
     }
     node.append(...children.flat(Infinity).filter((child) => known(child) && child !== false));
@@ -265,7 +266,7 @@
       const line = best.map((run, i) => `${i ? `H${frame.X(run.time)}V` : `M${frame.X(run.time)},`}${frame.Y(run[which])}`).join("");
       if (best.length) frame.svg.append(s("path", { class: "pareto", d: `${line}H${frame.right}`, fill: "none", stroke: "var(--muted)", "stroke-width": 1.2 }));
       addPoints(frame, [...points, ...others]);
-      addLabels(frame, [...others, ...labels.values()], all.slice(-400));
+      addLabels(frame, [...others, ...labels.values()], all);
       box.replaceChildren(frame.svg);
     });
   }
@@ -483,8 +484,8 @@
       svg.append(s("text", { x: left, y: 10 }, "predicted →"), s("text", { transform: `translate(10,${top + size * count})rotate(-90)` }, "true →"));
       order.forEach((own, row) => {
         if (legible) svg.append(
-          s("text", { x: left - 5, y: top + size * (row + 0.5) + font * 0.35, "text-anchor": "end", "font-size": font }, fitted(classes[own], names - 4, font)),
-          s("text", { transform: `translate(${left + size * (row + 0.5) + font * 0.35},${top - 5})rotate(-90)`, "font-size": font }, fitted(classes[own], names - 4, font)));
+          s("text", { x: left - 5, y: top + size * (row + 0.5) + font * 0.35, "text-anchor": "end", size: font }, fitted(classes[own], names - 4, font)),
+          s("text", { transform: `translate(${left + size * (row + 0.5) + font * 0.35},${top - 5})rotate(-90)`, size: font }, fitted(classes[own], names - 4, font)));
         order.forEach((other, column) => {
           const number = matrix[own][other];
           if (!number) return;
@@ -594,7 +595,7 @@
         return { value: value ?? "", text: h("span", {}, percent(value, 1), bar && h("span", { class: "bar", "aria-hidden": "true" }, fill)) };
       };
       place().append(h("h3", {}, "Each class"), makeTable("Precision and recall of each class", [["class"], ["images", true], ["precision", true], ["recall", true], ["F1", true]],
-        rows.map((row, i) => [one.classes[i], { value: row.support, text: String(row.support) }, figure(row.precision, true), figure(row.recall, true), figure(row.f1)])));
+        rows.map((row, i) => [one.classes[i], { value: row.support, text: String(row.support) }, figure(row.precision), figure(row.recall, true), figure(row.f1)])));
       const pairs = matrix.flatMap((row, i) => row.map((number, j) => [i, j, number])).filter(([i, j, number]) => i !== j && number).sort((a, b) => b[2] - a[2]).slice(0, 30);
       if (pairs.length) (matrix.length > 30 ? place() : beside).append(h("h3", {}, "Commonest confusions"), makeTable("Commonest confusions", [["true class"], ["predicted"], ["images", true], ["of the class", true]],
         pairs.map(([i, j, number]) => [one.classes[i], one.classes[j], { value: number, text: String(number) }, figure(number / rows[i].support)])));
@@ -639,7 +640,7 @@
         if (known(arm.low) && known(arm.high)) svg.append(s("line", { x1: X(100 * arm.low), x2: X(100 * arm.high), y1: y, y2: y, stroke: ink, "stroke-width": beyond === null ? 1.4 : 2.4 }));
         const words = beyond === null ? "" : "strong";
         if (narrow) svg.append(s("text", { class: `halo ${words}`, x: 0, y: y - 13 }, fitted(arm.name, width - textWidth(said[i]) - 16)), s("text", { class: `halo ${words}`, x: width, y: y - 13, "text-anchor": "end" }, said[i]));
-        else svg.append(s("text", { class: words, x: left - 12, y: y + 4, "text-anchor": "end", "font-size": 12 }, fitted(arm.name, left - 14, 12)), s("text", { class: words, x: frame.right + 14, y: y + 4 }, fitted(said[i], right - 14)));
+        else svg.append(s("text", { class: words, x: left - 12, y: y + 4, "text-anchor": "end", size: 12 }, fitted(arm.name, left - 14, 12)), s("text", { class: words, x: frame.right + 14, y: y + 4 }, fitted(said[i], right - 14)));
         return { x: 100 * arm.difference, y: (frame.bottom - y) / (frame.bottom - frame.top), slot: beyond ?? 0, hollow: beyond === null, ink, text: `${arm.name}\n${said[i]}` };
       });
       addPoints(frame, points);

@@ -69,8 +69,8 @@ def page(report: Report, folder: Path, now: datetime) -> str:
     ]
     return Template(_packaged("page.html")).substitute(
         policy=_policy(style, script),
-        title=html.escape(title),
-        subtitle=html.escape(_subtitle(report, now, alone=alone)),
+        title=escape(title),
+        subtitle=escape(_subtitle(report, now, alone=alone)),
         menu=_menu(report, alone=alone),
         style=style,
         script=script,
@@ -99,6 +99,11 @@ def _json(value: Any) -> str:
     """JSON that is safe inside of a script element, which ends at `</script` and knows no escapes but JSON's own."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # in ASCII
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def escape(text: str) -> str:
+    """Text from anywhere as HTML, in an element or an attribute."""
+    return html.escape(printable(text))
 
 
 # --- frame ----------------------------------------------------------------------------------------
@@ -134,15 +139,17 @@ def _menu(report: Report, *, alone: bool) -> str:
 def _problems(report: Report) -> str:
     if not report.problems:
         return ""
-    shown = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in report.problems[:50])
+    shown = "".join(f"<li>{escape(sentence)}</li>" for sentence in report.problems[:50])
     more = f"<li>and {len(report.problems) - 50:,} more</li>" if len(report.problems) > 50 else ""
     return f'<section class="problems"><h2>What could not be read</h2><ul>{shown}{more}</ul></section>'
 
 
-def _table(name: str, caption: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]], words: Container[int]) -> str:
+def _table(
+    name: str, caption: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]], words: Container[int]
+) -> str:
     """A table whose headings are buttons that sort it. words: the places of the columns that are no figures."""
     head = "".join(
-        f'<th scope="col" class="{"text" if place in words else "figure"}"><button type="button">{html.escape(text)}'
+        f'<th scope="col" class="{"text" if place in words else "figure"}"><button type="button">{escape(text)}'
         "</button></th>"
         if text
         else '<th scope="col"><span class="hidden">in the curves</span></th>'
@@ -150,14 +157,14 @@ def _table(name: str, caption: str, headings: Sequence[str], rows: Iterable[Sequ
     )
     body = "".join(f"<tr>{''.join(map(_td, row))}</tr>\n" for row in rows)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table id="{name}" '
-        f'class="sortable"><caption class="hidden">{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table id="{name}" '
+        f'class="sortable"><caption class="hidden">{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>\n{body}</tbody></table></div>"
     )
 
 
 def _td(cell: Cell) -> str:
-    text = cell.text if cell.ready else html.escape(cell.text)
+    text = cell.text if cell.ready else escape(cell.text)
     value = f' data-value="{cell.value:.12g}"' if cell.value is not None else ""
     return f"<td{' class=figure' if cell.figure else ''}{value}>{text or '–' if cell.figure else text}</td>"
 
@@ -228,20 +235,20 @@ def _time(figure: Figure) -> str:
 
 
 def _run_cells(run: Run, folder: Path) -> list[Cell]:
-    name = html.escape(run.label)
-    own = "" if run.page is None else html.escape(link(run.page, folder))
+    name = escape(run.label)
+    own = "" if run.page is None else escape(link(run.page, folder))
     if run.detail is not None:
         name = f'<a href="#run-{run.number}">{name}</a>'
         own = own and f' <a class="own" href="{own}" title="the run\'s own page" aria-label="the run\'s own page">↗</a>'
     elif own:
         name, own = f'<a href="{own}">{name}</a>', ""
     shown = run.detail is not None and run.detail["curves"] is not None
-    label = html.escape(f"{run.label} in the curves")
+    label = escape(f"{run.label} in the curves")
     mark = f'<input type="checkbox" value="{run.number}" aria-label="{label}" disabled>' if shown else ""
-    status = html.escape(run.status + (", damaged" if run.problem is not None else ""))
+    status = escape(run.status + (", damaged" if run.problem is not None else ""))
     return [
         Cell(mark, ready=True),
-        Cell(f'{name}{own} <span class="muted stamp">{html.escape(printable(run.folder.path.name))}</span>', ready=True),
+        Cell(f'{name}{own} <span class="muted stamp">{escape(run.folder.path.name)}</span>', ready=True),
         Cell(run.dataset),
         Cell(f'<span class="status {"fine" if status == "finished" else "other"}">{status}</span>', ready=True),
         _figure(run.accuracy, _hundredths(run.accuracy)),
@@ -301,19 +308,19 @@ def _sections(report: Report, folder: Path, *, alone: bool) -> str:
 
 def _section(run: Run, folder: Path, *, opened: bool) -> str:
     groups = "".join(
-        f'<div class="facts"><h4>{html.escape(title)}</h4><dl>'
-        + "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in known)
+        f'<div class="facts"><h4>{escape(title)}</h4><dl>'
+        + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in known)
         + "</dl></div>"
         for title, known in facts(run)
     )
-    damaged = "" if run.problem is None else f'<p class="note">{html.escape(run.problem)}</p>'
+    damaged = "" if run.problem is None else f'<p class="note">{escape(run.problem)}</p>'
     figures = " · ".join(filter(None, (run.dataset, percent(run.accuracy), duration(run.train_time), run.status)))
     own = ""
     if run.page is not None and run.detail is not None and run.detail["pictures"] is None:
-        own = f'<p class="note"><a href="{html.escape(link(run.page, folder))}">Its own page</a> has its pictures.</p>'
+        own = f'<p class="note"><a href="{escape(link(run.page, folder))}">Its own page</a> has its pictures.</p>'
     return (
         f'<details class="run" id="run-{run.number}"{" open" if opened else ""}><summary><span class="name">'
-        f'{html.escape(run.label)}</span> <span class="muted">{html.escape(figures)}</span></summary>{damaged}{own}'
+        f'{escape(run.label)}</span> <span class="muted">{escape(figures)}</span></summary>{damaged}{own}'
         f'<div class="drawn"></div><div class="columns">{groups}</div></details>'
     )
 
@@ -366,10 +373,10 @@ def _study(number: int, path: Path, study: Study) -> str:
             for look in study.test.looks
         ]
         shown = "; ".join(entries[:30]) + ("; …" if len(entries) > 30 else "")
-        looks = f'<p class="note">{_plural(len(entries), "look")} at the test set. {html.escape(shown)}</p>'
+        looks = f'<p class="note">{_plural(len(entries), "look")} at the test set. {escape(shown)}</p>'
     note = printable(" · ".join(filter(None, [*said, str(path)])))
     return (
-        f'<section id="study-{number}" class="study"><h2>Study: {html.escape(printable(study.name))}</h2>'
-        f'<p class="note">{html.escape(note)}</p><div class="study-charts" data-study="{number}"></div>'
+        f'<section id="study-{number}" class="study"><h2>Study: {escape(study.name)}</h2>'
+        f'<p class="note">{escape(note)}</p><div class="study-charts" data-study="{number}"></div>'
         f"{table}{looks}</section>"
     )
