@@ -9,7 +9,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/cifarlab run ex1 --dataset digits --set train.epochs=20
 	$(BIN)/cifarlab compare runs
+	$(BIN)/cifarlab report runs
 	@echo "Pictures, record and checkpoints: $$(ls -d runs/ex1/digits/* | tail -n 1)"
+	@echo "All runs on one page: report.html"
 
 test: $(STAMP)
 	$(BIN)/pytest

@@ -32,6 +32,7 @@ OVERRIDES = [
     "train={epochs: 2, batch_size: 32, ema: 0.9, checkpoint_every: {steps: 2}, keep: 2, numerics: exact}",
 ]
 STEPS = 6
+EXAMPLES = ("most_wrong", "least_sure", "augmented")
 # What can happen to an operation. "full" is a disk that stays full; "short" writes a part and says so, which is no
 # failure; "kill" is a SIGKILL just before it, "kill within" one after a part of a write.
 HOWS = ("ENOSPC", "EIO", "memory", "full", "short", "kill", "kill within")
@@ -224,7 +225,10 @@ def check_whole(runs: Path, *, killed: bool) -> None:
             RunFolder(path.parent).load_checkpoint(path.name)
         elif path.suffix == ".npz":
             with np.load(path) as arrays:
-                assert set(arrays.files) == {"logits", "labels", "index"}
+                names = {"logits", "labels", "index"}
+                if path.name == "examples.npz":
+                    names = {f"{name}{of}" for name in EXAMPLES for of in ("", "_index", "_labels")}
+                assert set(arrays.files) == names
         elif path.suffix == ".png":
             assert path.read_bytes() == b"a picture"
         elif path.name == "recipe.yaml":
@@ -246,7 +250,7 @@ def outcome(runs: Path) -> dict[str, Any]:
     if folder is None or not folder.done:
         raise NotARunError(f"{runs} holds no run that is done")
     arrays: dict[str, bytes] = {}
-    for name in ("predictions.npz", "validation_predictions.npz"):
+    for name in ("predictions.npz", "validation_predictions.npz", "examples.npz"):
         with np.load(folder.path / name) as found:
             arrays |= {f"{name} {key}": found[key].tobytes() for key in found.files}
     events = EventAccumulator(str(folder.path))

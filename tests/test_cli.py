@@ -158,11 +158,13 @@ def test_a_run_leaves_the_whole_record_and_a_table(
     folders = [RunFolder(log.parent) for log in sorted(tmp_path.rglob("train.json"))]
     assert [folder.recipe().seed for folder in folders] == [0, 1]
     assert "digits seed 1  epoch 1/1" in out and "ex1 ×2" in out and "±" in out
+    assert out.splitlines()[-1].startswith(f"page: {folders[1].path / 'report.html'} (and 1 more;")
     for folder in folders:
         names = {path.name for path in folder.path.iterdir()}
         expected = {
             "recipe.yaml", "environment.json", "train.json", "test.json", "best.pth", "loss.png", "accuracy.png",
-            "confusion_matrix.png", "predictions.npz", "validation_predictions.npz",
+            "confusion_matrix.png", "predictions.npz", "validation_predictions.npz", "examples.npz",
+            "report.html",
         }  # fmt: skip
         assert expected <= names and any(name.startswith("events.out.tfevents") for name in names)
         assert str(folder.path) in out

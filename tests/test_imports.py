@@ -64,6 +64,7 @@ ORDER = (
     "train",
     "build",
     "choices",
+    "examples",
     "lr_find",
     "predict",
     "export",
@@ -247,6 +248,7 @@ HEAVY = (
         (["run", "--help"], HEAVY),
         (["compare", "--help"], HEAVY),
         (["models", "--help"], HEAVY),
+        (["report", "--help"], HEAVY),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], heavy: tuple[str, ...]) -> None:

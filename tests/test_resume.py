@@ -86,7 +86,7 @@ def result(folder: RunFolder) -> dict[str, Any]:
     import numpy as np
 
     arrays: dict[str, bytes] = {}
-    for name in ("predictions.npz", "validation_predictions.npz"):
+    for name in ("predictions.npz", "validation_predictions.npz", "examples.npz"):
         if (folder.path / name).exists():
             with np.load(folder.path / name) as found:
                 arrays |= {f"{name} {key}": found[key].tobytes() for key in found.files}

@@ -75,9 +75,14 @@ def compare(runs: Sequence[RunFolder]) -> list[Row]:
     seed that was run again: it is no new sample, and would make the spread look smaller than it is. Raises
     NotARunError for a damaged record.
     """
-    groups: dict[tuple[Any, ...], list[_Run]] = {}
+    return fold([read(run) for run in runs])
+
+
+def fold(runs: Sequence[Entry]) -> list[Row]:
+    """`compare` of what `read` has read."""
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
     times_seen: Counter[tuple[Any, ...]] = Counter()
-    for run in map(_read, runs):
+    for run in runs:
         own = "" if run.status == "finished" else run.path
         key = (run.dataset, run.experiment, run.fingerprint, run.content_hash, run.machine, run.tested, own)
         groups.setdefault((*key, times_seen[*key, run.seed]), []).append(run)
@@ -89,7 +94,7 @@ def compare(runs: Sequence[RunFolder]) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Entry:
     """What a row needs of a run; `fields` are those of its recipe as JSON texts, `figures` the numbers of its logs."""
 
     path: str
@@ -107,7 +112,8 @@ class _Run:
     tta: str | None
 
 
-def _read(folder: RunFolder) -> _Run:
+def read(folder: RunFolder) -> Entry:
+    """What there is to compare of a run. Raises NotARunError for a damaged record."""
     recipe, log, test = folder.recipe_values(), folder.train_log(), folder.test_log()
     environment = folder.environment() if (folder.path / "environment.json").exists() else {}
     missing = [key for key in ("status", "dataset", "epochs") if key not in log] + ["name"] * ("name" not in recipe)
@@ -133,7 +139,7 @@ def _read(folder: RunFolder) -> _Run:
     if not isinstance(tta, dict | None):
         raise NotARunError(f"{folder.path / 'test.json'} is damaged: 'tta' is not a mapping")
     figures |= {f"tta_{name}": _number(tta or {}, name, folder.path / "test.json") for name in TEST_FIGURES}
-    return _Run(
+    return Entry(
         path=str(folder.path),
         dataset=printable(str(log["dataset"])),
         experiment=printable(str(recipe["name"])),
@@ -159,7 +165,7 @@ def _number(record: dict[str, Any], name: str, path: Path) -> float | None:
     return value
 
 
-def _row(group: list[_Run], changes: str) -> Row:
+def _row(group: list[Entry], changes: str) -> Row:
     first = group[0]
 
     def figure(name: str) -> Figure:
@@ -189,7 +195,7 @@ def _row(group: list[_Run], changes: str) -> Row:
     )
 
 
-def _changes(runs: list[_Run]) -> list[str]:
+def _changes(runs: list[Entry]) -> list[str]:
     """For each run the fields in which it differs from namesakes on the same dataset: `train.epochs=2`.
 
     Counted rather than compared in pairs: a thousand runs have half a million pairs.

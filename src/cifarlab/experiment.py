@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cifarlab import __version__, distributed, files, machine, metrics, numerics, plots
+from cifarlab import __version__, distributed, examples, files, machine, metrics, numerics, plots
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
 from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
@@ -587,13 +587,24 @@ def _score(
         }
         if process_started is not None:
             log["total_time"] = time.time() - process_started
-    distributed.from_first(lambda: _keep_scores(run, recipe, log, arrays))
+    distributed.from_first(lambda: _keep_scores(run, recipe, log, arrays, prepared, mean, std))
     return log
 
 
-def _keep_scores(run: RunFolder, recipe: Recipe, log: dict[str, Any], arrays: dict[str, Any]) -> None:
+def _keep_scores(
+    run: RunFolder,
+    recipe: Recipe,
+    log: dict[str, Any],
+    arrays: dict[str, Any],
+    prepared: Prepared,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
     run.write_test_log(log)  # first: once the figures are known, the look must be counted
     run.write_predictions("predictions.npz", **arrays)
+    pictures = examples.of_run(recipe, prepared, arrays["logits"], arrays["labels"], mean, std)
+    run.write_arrays("examples.npz", pictures)
+    # Last: where it is, all of them are (`RunFolder.scored`).
     plots.confusion_matrix(
         run.path / "confusion_matrix.png",
         log["confusion_matrix"],

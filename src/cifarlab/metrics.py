@@ -55,8 +55,7 @@ def scores(logits: FloatArray, labels: Int64Array) -> dict[str, Any]:
         raise DivergedError("the model's outputs are NaN or infinite; train with a lower learning rate")
 
     logits = logits.astype(np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True) if count else logits
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    log_probabilities = log_softmax(logits)
     probabilities = np.exp(log_probabilities)
     predictions = logits.argmax(axis=1)
     right = predictions == labels
@@ -91,6 +90,29 @@ def scores(logits: FloatArray, labels: Int64Array) -> dict[str, Any]:
         ],
         "confusion_matrix": matrix.tolist(),
     }
+
+
+def log_softmax(logits: FloatArray) -> Float64Array:
+    """Logarithms of the probabilities, in float64, (N, K)."""
+    values = logits.astype(np.float64)
+    shifted = values - values.max(axis=1, keepdims=True) if len(values) else values
+    log_probabilities: Float64Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_probabilities
+
+
+def calibration(confidence: Float64Array, right: BoolArray) -> list[dict[str, Any]]:
+    """What the bins of `ece` hold, from the lowest confidence on: `count`, mean `confidence` and `accuracy` of each.
+
+    confidence: float64 (N,), the probability of the predicted class; right: bool (N,). Both means are None in an empty
+    bin.
+    """
+    bins = _bins(confidence)
+    counts = np.bincount(bins, minlength=ECE_BINS)
+    means = (_divide(np.bincount(bins, weights=values, minlength=ECE_BINS), counts) for values in (confidence, right))
+    return [
+        {"count": int(count), "confidence": _number(mean), "accuracy": _number(share)}
+        for count, mean, share in zip(counts, *means, strict=True)
+    ]
 
 
 def rising_since(val_losses: Sequence[float | None]) -> int | None:
@@ -140,9 +162,14 @@ def _ece(confidence: Float64Array, right: BoolArray) -> float | None:
     """Σ over bins (share of images × |accuracy - mean confidence|); a bin holds its upper edge, not its lower."""
     if not len(right):
         return None
-    bins = np.digitize(confidence, np.linspace(0, 1, ECE_BINS + 1)[1:-1], right=True)
-    gaps = np.bincount(bins, weights=right - confidence, minlength=ECE_BINS)
+    gaps = np.bincount(_bins(confidence), weights=right - confidence, minlength=ECE_BINS)
     return float(np.abs(gaps).sum() / len(right))
+
+
+def _bins(confidence: Float64Array) -> Int64Array:
+    """The bin of each confidence, (N,)."""
+    bins: Int64Array = np.digitize(confidence, np.linspace(0, 1, ECE_BINS + 1)[1:-1], right=True)
+    return bins
 
 
 def _one_hot(labels: Int64Array, classes: int) -> Float64Array:
@@ -150,7 +177,7 @@ def _one_hot(labels: Int64Array, classes: int) -> Float64Array:
     return one_hot
 
 
-def _divide(numerator: Int64Array, denominator: Int64Array) -> Float64Array:
+def _divide(numerator: Int64Array | Float64Array, denominator: Int64Array) -> Float64Array:
     """The quotient, NaN where the denominator is 0."""
     quotient = np.full(len(numerator), np.nan)
     np.divide(numerator, denominator, out=quotient, where=denominator > 0)

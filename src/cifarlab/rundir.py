@@ -4,6 +4,12 @@
         recipe.yaml  environment.json  train.json  test.json
         loss.png  accuracy.png  confusion_matrix.png
         best.pth  epoch-10.pth  step-700.pth  predictions.npz  validation_predictions.npz  events.out.tfevents…
+        examples.npz  report.html
+
+examples.npz: uint8 (n, 3, h, w), n ≤ 24, no side above 64, of `most_wrong` (the highest losses) and `least_sure` test
+images (the smallest margin between the two most likely classes), as stored, and of `augmented` training images as the
+network saw them in the first epoch, not normalised; each with `<name>_index` and `<name>_labels`, int64 (n,). Files of
+arrays are read by `read_arrays`, which trusts none of their numbers.
 
 Nothing here imports torch until a checkpoint is read or written, so that tables are quick to make.
 """
@@ -204,10 +210,27 @@ class RunFolder:
 
     def write_predictions(self, name: str, logits: np.ndarray, labels: np.ndarray, index: np.ndarray) -> None:
         """logits float32 (N, K), labels int64 (N,), index int64 (N,): the images' places in the dataset as found."""
+        self.write_arrays(name, {"logits": logits, "labels": labels, "index": index})
+
+    def write_arrays(self, name: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        """The same arrays are the same bytes. Raises StorageError."""
         import numpy as np
 
         with files.replacing(self.path / name) as file:
-            np.savez_compressed(file, logits=logits, labels=labels, index=index)
+            # numpy types its second parameter as it types none of the arrays.
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
+        """The numbers of a file of `write_arrays`, whatever it claims of itself. Raises NotARunError."""
+        path = self.path / name
+        try:
+            return plain.read_arrays(path)
+        except FileNotFoundError:
+            raise NotARunError(f"{path} is missing") from None
+        except OSError as error:
+            raise NotARunError(f"cannot read {path}: {error.strerror}") from error
+        except plain.NotPlainError as error:
+            raise NotARunError(f"{path} is damaged: {error}") from error
 
     # --- checkpoints ---
 

@@ -211,7 +211,7 @@ def find_studies(places: Sequence[Path]) -> list[StudyFolder]:
     found = {
         path.parent.resolve(): StudyFolder(path.parent)
         for place in places
-        for path in [place / "study.json", *place.rglob("study.json")]
+        for path in place.rglob("study.json")
         if path.is_file()
     }
     return [found[key] for key in sorted(found)]

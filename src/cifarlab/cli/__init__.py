@@ -22,6 +22,7 @@ from cifarlab.cli.data import data_app
 from cifarlab.cli.doctor import doctor
 from cifarlab.cli.lr_find import lr_find
 from cifarlab.cli.models import models
+from cifarlab.cli.report import report
 from cifarlab.cli.verify import verify_resume
 from cifarlab.errors import CifarlabError, UsageError, printable
 
@@ -241,6 +242,7 @@ def _carry_out(
     if new := [plan for plan, begun in jobs if begun is None]:
         check_plans(new, runs, device, tell)
     done: list[RunFolder] = []
+    pages: list[Path] = []
     stop = StopRequest()
     many_seeds = len({plan.seed for plan, _ in jobs}) > 1
     loaded: tuple[str, Dataset] | None = None
@@ -268,6 +270,7 @@ def _carry_out(
                 elif run.train_log()["status"] == "finished":
                     done.append(run)
                     _summary(console, run)
+                    pages += _page(run)
                 else:
                     where = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)
                     where = subprocess.list2cmdline([where]) if os.name == "nt" else shlex.quote(where)
@@ -281,6 +284,20 @@ def _carry_out(
         # What has finished is worth seeing, whatever became of the rest.
         if done:
             print_comparison(console, compare(done))
+            if pages:
+                others = f" (and {len(pages) - 1:,} more; 'cifarlab report' puts many runs on one)" * (len(pages) > 1)
+                say(f"page: {pages[-1]}{others}")
+
+
+def _page(run: RunFolder) -> list[Path]:
+    """Writes the run's own page, which is worth no failure; its path, or nothing and a sentence."""
+    from cifarlab.report.page import write_run_page
+
+    try:
+        return [write_run_page(run)]
+    except CifarlabError as error:
+        say(f"no page: {error}")
+        return []
 
 
 def _summary(console: Any, run: RunFolder) -> None:
@@ -367,6 +384,7 @@ def test(
     machine.prepare()
     from cifarlab.cli.tables import print_scores
     from cifarlab.experiment import score_run
+    from cifarlab.rundir import RunFolder
 
     own_device = distributed.join(device)
     shown = distributed.is_first()
@@ -379,6 +397,7 @@ def test(
     )
     if shown:
         print_scores(make_console(), log)
+        _page(RunFolder(run))
 
 
 class Format(StrEnum):
@@ -411,6 +430,7 @@ def compare(
 
 
 app.command()(models)
+app.command()(report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
-from cifarlab.errors import RunError, UsageError
+from cifarlab.errors import CifarlabError, RunError, UsageError
 
 if TYPE_CHECKING:
     from cifarlab.ablate import Conduct, Workers
@@ -125,6 +125,7 @@ def ablate(
                 conductor = Search(folder, study, workers, conduct, say, trials=search, pruning=prune.value)
             study = conductor.carry_out()
         print_study(make_console(), study)
+        _write_page(folder.path)
     failed = [run for run in study.runs if run.status == "failed"]
     if study.status == "stopped":
         left = sum(run.status not in ("finished", "diverged", "pruned") for run in study.runs)
@@ -136,6 +137,18 @@ def ablate(
             f"{len(failed)} of {len(study.runs)} runs failed; the first: {failed[0].error}; what it printed is in "
             f"{folder.place(failed[0]) / 'output.txt'}; the same command tries them again"
         )
+
+
+def _write_page(study: Path) -> None:
+    """The study's page; without one, all else is still there."""
+    from cifarlab.report.data import PAGE
+    from cifarlab.report.page import write_page
+
+    try:
+        write_page([study], study / PAGE)
+        say(f"page: {study / PAGE}")
+    except CifarlabError as error:
+        say(f"no page: {error}")
 
 
 def parse_time(text: str, option: str) -> float:
