@@ -241,6 +241,7 @@ HEAVY = (
         (["run", "--help"], HEAVY),
         (["compare", "--help"], HEAVY),
         (["models", "--help"], HEAVY),
+        (["board", "--help"], (*HEAVY, "tensorboard")),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], heavy: tuple[str, ...]) -> None:

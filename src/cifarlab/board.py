@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cifarlab import files
 from cifarlab.errors import printable
 from cifarlab.recipe import Recipe, flatten
-from cifarlab.rundir import MAX_RECORD_BYTES
+from cifarlab.rundir import MAX_RECORD_BYTES, dataset_folder_name
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import HistogramProto
@@ -105,8 +105,9 @@ class Board:
         """
         from tensorboard.plugins.hparams import metadata
 
-        path = max(self._files(), default=self._path)
-        data, step, whole = _read(path), 0, 0
+        found = [path for path in self._files() if path.is_file() and not path.is_symlink()]
+        path = found[-1] if found else self._path
+        data, step, whole = _read(path) if found else b"", 0, 0
         if data is None:  # too large to have been written here
             return
         for end, content in _records(data):
@@ -116,8 +117,11 @@ class Board:
             if any(value.tag == metadata.SESSION_END_INFO_TAG for value in event.summary.value):
                 return
             step = max(step, event.step)
+        if not whole:
+            files.write_bytes(path, _version(time.time()) + _results(results, step))
+            return
         with files.continuing(path, whole) as file:
-            file.write((b"" if whole else _version(time.time())) + _results(results, step))
+            file.write(_results(results, step))
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob(f"{_PREFIX}*"))
@@ -172,7 +176,9 @@ def _session(recipe: Recipe, start: float) -> bytes:
         for name, value in {**flatten(recipe.to_dict()), "dataset": recipe.datasets[0]}.items()
         if isinstance(value, bool | int | float | str)
     }
-    return _record(start, step=0, summary=hparams_pb(fields, start_time_secs=start))
+    # What is run again with the same seed is one trial.
+    trial = f"{recipe.name} {dataset_folder_name(recipe.datasets[0])} seed {recipe.seed} {recipe.fingerprint()[:8]}"
+    return _record(start, step=0, summary=hparams_pb(fields, trial_id=printable(trial), start_time_secs=start))
 
 
 def _results(results: Mapping[str, float | None], step: int) -> bytes:
@@ -242,11 +248,8 @@ def _histogram(tensor: NDArray[Any]) -> HistogramProto | None:
 
 
 def _version(wall_time: float) -> bytes:
-    """What a file begins with. Who watches it live takes back all that an earlier file of the run had."""
-    from tensorboard.compat.proto.event_pb2 import SessionLog
-
-    version = _record(wall_time, file_version="brain.Event:2")
-    return version + _record(wall_time, step=0, session_log=SessionLog(status=SessionLog.START))
+    """What a file begins with."""
+    return _record(wall_time, file_version="brain.Event:2")
 
 
 def _record(wall_time: float, **content: Any) -> bytes:
