@@ -150,7 +150,7 @@ def _child(runs: str, nth: int, how: str, pipe: Connection) -> None:
         if found is not None:
             experiment.resume_experiment(found.path, data_folder=None, **common)
         else:
-            experiment.run_experiment(recipe, dataset, runs=Path(runs), **common)
+            experiment.run_experiment(recipe, dataset, runs=Path(runs), histograms=True, **common)
     except CifarlabError as error:
         code, said = error.exit_code, str(error)
     except BaseException as error:
@@ -255,6 +255,8 @@ def outcome(runs: Path) -> dict[str, Any]:
             arrays |= {f"{name} {key}": found[key].tobytes() for key in found.files}
     events = EventAccumulator(str(folder.path))
     events.Reload()
+    steps = [event.step for event in events.Scalars("loss/train")]
+    histograms = {tag: [event.step for event in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
     test = folder.test_log()
     assert test is not None
     return {
@@ -267,5 +269,9 @@ def outcome(runs: Path) -> dict[str, Any]:
             for key, value in folder.load_checkpoint(name)["model"].items()
         },
         "events": [(event.step, event.value) for event in events.Scalars("loss/train")],
+        "pictures": [event.encoded_image_string for event in events.Images("images/train")],
+        "accuracy": [(event.step, event.value) for event in events.Scalars("result/test_accuracy")],
+        # Those of all epochs; none, where it was killed before it had written down that they were wanted.
+        "histograms": all(found == steps for found in histograms.values()),
         **arrays,
     }

@@ -71,6 +71,7 @@ def run(
     stop: StopRequest | None = None,
     dataset: Dataset | None = None,
     profile: bool = False,
+    histograms: bool = False,
     monkeypatch: pytest.MonkeyPatch,
 ) -> RunFolder:
     found = dataset or make_dataset()
@@ -85,6 +86,7 @@ def run(
         process_started=0.0,
         report=lambda _: None,
         profile=profile,
+        histograms=histograms,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from cifarlab import distributed, experiment
@@ -58,6 +59,14 @@ def alone(runs: Path, overrides: list[str], images: int = 430) -> RunFolder:
         patch.setattr(experiment, "load", None)
         patch.setattr(experiment, "_git_state", None)
         return RunFolder(Path(a_run(runs, overrides, None, images)))
+
+
+def pictures_of(run: RunFolder) -> list[bytes]:
+    """The training images in TensorBoard's one file."""
+    (path,) = run.path.glob("events.out.tfevents.*")
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return [event.encoded_image_string for event in events.Images("images/train")]
 
 
 def check_equal(one: RunFolder, other: RunFolder, tolerance: float = 1e-5) -> None:
@@ -250,6 +259,8 @@ def test_several_processes_are_as_good_as_one(name: str, count: int, tmp_path: P
         path.name for path in one.path.iterdir() if "tfevents" not in path.name
     }
     assert [entry["device"] for entry in two.environment()["processes"]] == ["cpu"] * count
+    (pictures,), (same,) = pictures_of(one), pictures_of(two)
+    assert pictures == same
     check_equal(one, two, tolerance=1e-5 if name in ("plain", "cached") else 1e-4)
 
 

@@ -537,7 +537,13 @@ def test_links_in_a_run_folder_are_not_written_through(
         report=display.report,
     )
     assert folder.scored and not any((folder.path / name).is_symlink() for name in names)
+    (board,) = folder.path.glob("events.out.tfevents.*")
+    board.rename(outside / "events")
+    before["events"] = (outside / "events").read_bytes()
+    board.symlink_to(outside / "events")
+    Board(folder.path).end({"test_accuracy": 0.5})
     Board(folder.path).begin([])
+    assert [path.is_symlink() for path in folder.path.glob("events.out.tfevents.*")] == [False]
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
     (folder.path / ".lock").unlink()
     (folder.path / ".lock").symlink_to(outside / "kept")

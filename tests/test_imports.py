@@ -249,6 +249,7 @@ HEAVY = (
         (["compare", "--help"], HEAVY),
         (["models", "--help"], HEAVY),
         (["report", "--help"], HEAVY),
+        (["board", "--help"], (*HEAVY, "tensorboard")),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], heavy: tuple[str, ...]) -> None:

@@ -67,16 +67,12 @@ def augmented(recipe: Recipe, part: Part, index: Int64Array, mean: Sequence[floa
     size = pixels.shape[2], pixels.shape[3]
     pipeline = make_pipeline(recipe, side, size, mean, std, torch.device("cpu"))
     draws = pipeline.draw(recipe.seed, 0, len(part.images))
-    seen = pipeline.train(pixels, torch.from_numpy(index), draws)
-    scale, offset = (torch.tensor(values)[:, None, None] for values in (std, mean))
-    return _small((seen * scale + offset) * 255)
+    return _small(pipeline.shown(pipeline.train(pixels, torch.from_numpy(index), draws)))
 
 
 def _stored(part: Part, index: Int64Array) -> Tensor:
     """uint8 (n, 3, H, W): a few images as they are stored, read from the disk where they are streamed."""
-    store = ImageStore.of(part.images, torch.device("cpu"), memory=0, workers=0)
-    (batch,) = store.in_parts([torch.from_numpy(index)])
-    return batch.pixels
+    return ImageStore.of(part.images, torch.device("cpu"), memory=0, workers=0).take(torch.from_numpy(index)).pixels
 
 
 def _small(pixels: Tensor) -> UInt8Array:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cifarlab import __version__, distributed, examples, files, machine, metrics, numerics, plots
+from cifarlab.board import Board
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
 from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
@@ -83,13 +84,15 @@ def run_experiment(
     process_started: float,
     report: Report,
     profile: bool = False,
+    histograms: bool = False,
 ) -> RunFolder:
     """Run a resolved recipe (one dataset, one seed) and return its run folder.
 
     Where several processes train together, each of them calls this, and the first one writes.
     process_started: the `time.time()` that wall and total time count from. Where the run is stopped, train.json says
-    so and the test set is left alone. Raises what preparing, training and writing raise; once there is a run folder,
-    its train.json then says "failed", or holds the `error` if training had finished.
+    so and the test set is left alone. profile, histograms: as `train` takes them. Raises what preparing, training and
+    writing raise; once there is a run folder, its train.json then says "failed", or holds the `error` if training had
+    finished.
     """
     asked = recipe.fingerprint()
     prepared, weights, decided = get_ready(recipe, dataset, device, report)
@@ -102,10 +105,15 @@ def run_experiment(
             report(f"run folder: {run.path}")
             with _ending_said(run, report):
                 environment = _environment(dataset, prepared, device, task, weights, decided, asked)
+                environment["histograms"] = histograms  # for who goes on with it
                 distributed.from_first(lambda: run.write_environment(environment))
                 tasks = [task]
                 del task
-                _train(recipe, prepared, weights, tasks, run, display, stop, process_started, report, profile=profile)
+                _train(
+                    *(recipe, prepared, weights, tasks, run, display, stop, process_started, report),
+                    profile=profile,
+                    histograms=histograms,
+                )
                 _finish(run, recipe, prepared, device, process_started)
     return run
 
@@ -166,7 +174,11 @@ def resume_experiment(
                 if not trained:
                     tasks = [task]
                     del task
-                    _train(recipe, prepared, weights, tasks, run, display, stop, process_started, report, saved=saved)
+                    _train(
+                        *(recipe, prepared, weights, tasks, run, display, stop, process_started, report),
+                        saved=saved,
+                        histograms=started.get("histograms") is True,
+                    )
                 else:  # what came after training was interrupted; its reason is past
                     distributed.from_first(lambda: _forget_error(run))
                 _finish(run, recipe, prepared, device, process_started)
@@ -230,6 +242,7 @@ def _train(
     *,
     saved: dict[str, Any] | None = None,
     profile: bool = False,
+    histograms: bool = False,
 ) -> None:
     """`train`, and where that diverges again from the last checkpoint with lower rates, as often as the recipe says.
 
@@ -245,6 +258,7 @@ def _train(
                 saved=saved,
                 setbacks=setbacks,
                 profile=profile,
+                histograms=histograms,
             )
         except DivergedError as error:
             if len(setbacks) >= recipe.train.retries:
@@ -290,13 +304,15 @@ def _ending_said(run: RunFolder, report: Report) -> Iterator[None]:
 
 def _finish(run: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.device, process_started: float) -> None:
     """What comes after training: pictures and, where that has come to its end, the one look at the test set."""
-    if distributed.from_first(lambda: _drawn(run)) and recipe.evaluate.test:
+    if distributed.from_first(lambda: _drawn(run, recipe.evaluate.test)) and recipe.evaluate.test:
         _score(run, recipe, prepared, device, process_started, recipe.evaluate.tta)
 
 
-def _drawn(run: RunFolder) -> bool:
-    """Draws the curves. Returns whether the test set is to be looked at, if the recipe wants that."""
+def _drawn(run: RunFolder, test: bool) -> bool:
+    """Draws the curves. Returns whether the test set is to be looked at, if the recipe wants that (test)."""
     log = run.trained_log()
+    if log["status"] == "finished" and not test:
+        _end_board(run, log, None)  # before what says that all is done
     best = log["best_epoch"], log["best_weights"]
     plots.loss_curve(run.path / "loss.png", log["epochs"], *best)
     plots.accuracy_curve(run.path / "accuracy.png", log["epochs"], *best)
@@ -591,6 +607,11 @@ def _score(
     return log
 
 
+def _end_board(run: RunFolder, train_log: dict[str, Any], test_accuracy: float | None) -> None:
+    results = {name: train_log.get(name) for name in ("best_val_accuracy", "overfitting_gap", "train_time")}
+    Board(run.path).end({**results, "test_accuracy": test_accuracy})
+
+
 def _keep_scores(
     run: RunFolder,
     recipe: Recipe,
@@ -602,6 +623,7 @@ def _keep_scores(
 ) -> None:
     run.write_test_log(log)  # first: once the figures are known, the look must be counted
     run.write_predictions("predictions.npz", **arrays)
+    _end_board(run, run.train_log(), log["accuracy"])
     pictures = examples.of_run(recipe, prepared, arrays["logits"], arrays["labels"], mean, std)
     run.write_arrays("examples.npz", pictures)
     # Last: where it is, all of them are (`RunFolder.scored`).

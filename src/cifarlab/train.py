@@ -16,14 +16,16 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifarlab import distributed, files, machine
 from cifarlab.background import Writer
 from cifarlab.batchnorm import SyncBatchNorm, running_statistics
-from cifarlab.board import Board
+from cifarlab.board import Board, grid_size
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import MixingDraws, draw_mixing, mix, mix_pairs
@@ -271,13 +273,15 @@ def train(
     saved: dict[str, Any] | None = None,
     setbacks: Sequence[dict[str, Any]] = (),
     profile: bool = False,
+    histograms: bool = False,
 ) -> None:
     """Train to the end, or until `stop`; all that is worth knowing goes into the run folder.
 
     process_started: the `time.time()` that `wall_time` counts from. saved: the checkpoint to go on from; then logs go
     on from its step too, and what came after it in them is gone. setbacks: how often it went back because it diverged;
     each halves the learning rates. profile: also write down where a few steps spend
-    their time. The model ends with the weights of best.pth.
+    their time. histograms: also write those of the weights at the end of each epoch, for TensorBoard.
+    The model ends with the weights of best.pth.
     Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written,
     NotARunError where `saved` does not fit the network or the optimizer.
     """
@@ -397,7 +401,15 @@ def train(
         if distributed.is_first():
             writer.do(work)
 
+    def weights() -> dict[str, Any] | None:
+        """A copy, to be written beside training."""
+        if not (histograms and distributed.is_first()):
+            return None
+        copies = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in model.named_parameters()}
+        return {name: copied.numpy() for name, copied in copies.items()}
+
     board = Board(run.path)
+    pictures = first_pictures(recipe, task, total_steps) if distributed.is_first() else None
     votes = distributed.Votes()
     freeze_backbone(model, stages, frozen=step < thaw_step)
     set_mode(model, stages, backbone=step < thaw_step)
@@ -410,7 +422,15 @@ def train(
         stop.listen(),
         _profiler(run, task.device, profile and distributed.is_first(), display) as profiled,
     ):
-        on_disk(partial(board.begin, [(e, min(e["epoch"] * steps_per_epoch, total_steps)) for e in epochs]))
+        on_disk(
+            partial(
+                board.begin,
+                [(entry, min(entry["epoch"] * steps_per_epoch, total_steps)) for entry in epochs],
+                recipe=recipe,
+                images=pictures,
+                histograms=histograms,
+            )
+        )
         on_disk(partial(run.write_train_log, log_so_far("running")))
         on_disk(partial(run.keep_latest, section.keep))  # a kill may have come before that
         while True:
@@ -439,7 +459,7 @@ def train(
                 if candidate is not None and (task.validation is None or _is_better(candidate, best)):
                     best = candidate
                     save("best.pth", average.network.model if average and best["weights"] == "ema" else model, **best)
-                on_disk(partial(board.add, entry, step))
+                on_disk(partial(board.add, entry, step, weights()))
                 on_disk(partial(run.write_train_log, log_so_far("running")))
                 display.epoch(entry, section.epochs)
                 epoch_began = clock.seconds
@@ -755,6 +775,27 @@ def _whole(recipe: Recipe, task: Task, share: Dealt, size: tuple[int, int], step
         order, own = (machine.upload(values, task.device) for values in (drawn.order, drawn.share))
         batch = batch._replace(partners=labels[order], share=own)
     return Whole(len(labels), total_weight(batch, task.class_weights), share.parts, counts)
+
+
+def first_pictures(recipe: Recipe, task: Task, total_steps: int) -> NDArray[np.uint8]:
+    """The first images of the first step, augmented and mixed, as many as a grid has: uint8 (N, 3, H, W).
+
+    Functions of the recipe and the images, so they are the same whenever the run goes on, in however many processes.
+    """
+    pipeline = _pipeline_at(task, 0, total_steps)
+    samples = in_batches(epoch_order(task.train, recipe.seed, 0), recipe.train.batch)[0]
+    rows = torch.arange(min(len(samples), grid_size(*pipeline.output_size)))
+    mixing = None
+    wanted = rows
+    if task.network.frozen is None and (recipe.loss.mixup or recipe.loss.cutmix):
+        mixing = _mixing(recipe, len(samples), pipeline.output_size, 0)
+        wanted = torch.cat([rows, mixing.order[rows]])
+    found = task.store.take(samples[wanted])
+    images = pipeline.train(found.pixels, found.samples, task.pipeline.draw(recipe.seed, 0, len(task.store)))
+    if mixing is not None:
+        own, others = images.chunk(2)
+        images = mix_pairs(own, others, found.labels[len(rows) :], mixing.of(rows)).pixels
+    return pipeline.shown(images).cpu().numpy()
 
 
 def _pipeline_at(task: Task, step: int, total_steps: int) -> Pipeline:

@@ -17,6 +17,7 @@ import typer
 from cifarlab import __version__
 from cifarlab.cli.ablate import ablate
 from cifarlab.cli.bench import bench
+from cifarlab.cli.board import board
 from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
 from cifarlab.cli.data import data_app
 from cifarlab.cli.doctor import doctor
@@ -43,6 +44,7 @@ app.add_typer(data_app, name="data")
 app.command("lr-find")(lr_find)
 app.command()(ablate)
 app.command()(bench)
+app.command()(board)
 app.command()(doctor)
 app.command("verify-resume")(verify_resume)
 
@@ -133,6 +135,9 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Write where ten steps spend their time: trace.json.gz, profile.txt.")
     ] = False,
+    histograms: Annotated[
+        bool, typer.Option("--histograms", help="Write each epoch's histograms of the weights, for TensorBoard.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what was begun by the same command; what is finished stays.")
     ] = False,
@@ -158,7 +163,7 @@ def run(
         for name in dict.fromkeys(dataset or plan.datasets)
         for number in range(first, first + (seeds or 1))
     ]
-    _carry_out(plans, data, runs, device, profile=profile, resume=resume)
+    _carry_out(plans, data, runs, device, profile=profile, histograms=histograms, resume=resume)
 
 
 @app.command("resume")
@@ -218,6 +223,7 @@ def _carry_out(
     device_name: str,
     *,
     profile: bool = False,
+    histograms: bool = False,
     resume: bool = False,
     begun: Path | None = None,
 ) -> None:
@@ -263,7 +269,9 @@ def _carry_out(
                         if loaded is None or loaded[0] != name:
                             loaded = None  # two datasets at once may not fit
                             loaded = name, load(plan, folder, display.report)
-                        run = run_experiment(plan, loaded[1], runs=runs, profile=profile, **common)
+                        run = run_experiment(
+                            plan, loaded[1], runs=runs, profile=profile, histograms=histograms, **common
+                        )
                 began = time.time()
                 if not shown:
                     pass

@@ -163,6 +163,11 @@ class Pipeline:
             images.masked_fill_(color.erasing(draws.erasing[rows], self._augment.erasing, self.output_size), 0)
         return images
 
+    def shown(self, images: Tensor) -> Tensor:
+        """What the network sees as pictures: uint8 of the same shape, of normalised images, float32 (B, 3, H, W)."""
+        pixels = (images - self._offset[:, None, None]) / self._scale[:, None, None]
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+
     def evaluate(self, pixels: Tensor, *, flip: bool = False, shift: tuple[int, int] = (0, 0)) -> Tensor:
         """Resized and normalised images, float32 (B, 3, *output_size), from uint8 (B, 3, H, W).
 

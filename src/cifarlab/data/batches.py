@@ -78,15 +78,24 @@ class ImageStore:
         """
         return self.in_parts(in_batches(order, batch_size))
 
+    def take(self, samples: Tensor) -> Batch:
+        """A few images at once, at `samples` (int64 (B,), on the CPU), read in this process.
+
+        Raises DataError where their file can't be read any more.
+        """
+        rows = machine.upload(samples, self.device)
+        if isinstance(self.pixels, Tensor):
+            return Batch(self.pixels[rows], self.labels[rows], samples)
+        pixels = _rows(self.pixels)[samples.numpy()]
+        return Batch(machine.upload(pixels, self.device), self.labels[rows], samples)
+
     def in_parts(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
         """The images at each part (int64 (B,), on the CPU), part by part.
 
         Raises RunError where a process that reads images dies, DataError where their file can't be read any more.
         """
         if isinstance(self.pixels, Tensor):
-            for samples in parts:
-                rows = machine.upload(samples, self.device)
-                yield Batch(self.pixels[rows], self.labels[rows], samples)
+            yield from map(self.take, parts)
             return
         loader = DataLoader(
             _rows(self.pixels),
