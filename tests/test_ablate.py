@@ -21,7 +21,7 @@ import pytest
 
 from cifarlab.ablate import Conduct, Conductor, Task, merged, open_or_create, plan_study
 from cifarlab.cli.ablate import check_name, parse_time
-from cifarlab.errors import RunError, UsageError
+from cifarlab.errors import DataError, RunError, UsageError
 from cifarlab.factors import parse_factor
 from cifarlab.recipe import load_recipe, make_recipe
 from cifarlab.rundir import RunFolder
@@ -53,9 +53,10 @@ class Pretended:
             if what == "test":
                 folder.write_test_log({"accuracy": rate})
                 return 0
-            if (outcome := self.outcome(rate, recipe.seed)) == "gone":
+            outcome = self.outcome(rate, recipe.seed)
+            if isinstance(outcome, str) and outcome.startswith("gone"):
                 shutil.rmtree(folder.path)
-                return 3
+                return int(outcome.removeprefix("gone"))
             folder.write_environment({"data": {"images": {"validation": 1_000}}})
             folder.write_train_log(log(outcome))
             if not isinstance(outcome, str):
@@ -232,8 +233,15 @@ def test_all_arms_have_the_numerics_that_the_first_run_found(tmp_path: Path) -> 
 
 
 def test_a_first_run_that_comes_to_nothing_ends_the_study_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="first run did not get as far as training: it ended with exit code 3"):
-        carry_out(tmp_path / "s", plan(overrides=["train.numerics=auto"]), Pretended(lambda rate, seed: "gone"))
+    with pytest.raises(RunError, match="first run did not get as far as training: it ended with exit code 4"):
+        carry_out(tmp_path / "s", plan(overrides=["train.numerics=auto"]), Pretended(lambda rate, seed: "gone 4"))
+
+
+def test_data_that_cannot_be_read_ends_the_study(tmp_path: Path) -> None:
+    workers = Pretended(lambda rate, seed: "gone 3")
+    with pytest.raises(DataError, match="it ended with exit code 3"):
+        carry_out(tmp_path / "s", plan(), workers)
+    assert len(workers.asked) == 1
 
 
 def test_a_budget_ends_a_study_that_the_same_command_goes_on_with(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cifarlab import __version__, files
-from cifarlab.errors import NotARunError, RecipeError, RunError, UsageError
+from cifarlab.errors import DataError, NotARunError, RecipeError, RunError, UsageError
 from cifarlab.factors import make_arms, varied
 from cifarlab.recipe import Recipe, make_recipe
 from cifarlab.rundir import RunFolder
@@ -170,8 +170,8 @@ class Conductor:
     def carry_out(self) -> Study:
         """Run what is left, and look at the test set once all is done. Returns the study as it is then.
 
-        Raises RunError where the first run fails, which the others would do too; what else fails is left for the same
-        command to try again.
+        Raises DataError where a run can't read its data, RunError where the first comes to nothing, as the others would
+        too; what else fails is left for the same command to try again.
         """
         self._look_again()
         files.make_folder(self.folder.path / "recipes")
@@ -261,6 +261,10 @@ class Conductor:
         if found.status == "waiting" or (code and found.status == "finished"):
             reason = last_line(place / "output.txt")
             found = found.model_copy(update={"status": "failed", "error": reason or f"it ended with exit code {code}"})
+            if code == DataError.exit_code:  # for the others too
+                self._record(found)
+                self.conduct.stopped.set()
+                raise DataError(found.error or f"{title}: its data could not be read")
         if before is None and found.status == "finished":
             self._took[run.arm, run.seed] = time.monotonic() - began
         self._record(found)
