@@ -63,8 +63,8 @@ def kill(node: psutil.Popen) -> None:
 
 def study(folder: Path, victim: psutil.Popen) -> int:
     command = [sys.executable, "-m", "cifarlab", "ablate", "ex1", "--dataset", "digits", "--device", "cpu"]
-    command += ["--vary", "optimizer.weight_decay=0,0.5", "--seeds", "1", "--name", "s", "--on", "ray"]
-    for setting in ("train.epochs=30", "data.limit=300", "train.checkpoint_every.steps=5", "evaluate.test=false"):
+    command += ["--vary", "optimizer.weight_decay=0.5", "--seeds", "1", "--name", "s", "--on", "ray"]
+    for setting in ("train.epochs=15", "data.limit=300", "train.checkpoint_every.steps=5", "evaluate.test=false"):
         command += ["--set", setting]
     with subprocess.Popen(command, cwd=folder) as process:
         while process.poll() is None:
