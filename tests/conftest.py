@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,10 @@ from uuid import uuid4
 import pytest
 from hypothesis import settings
 from matplotlib.figure import Figure
+
+# As commands have it: by default a thread that waits for another keeps it from its core where somebody else wants one
+# too, as the tests' own processes do, and a step takes five times as long. Read as torch is imported, in children too.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 settings.register_profile("cifarlab", derandomize=True, deadline=None)
 settings.load_profile("cifarlab")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
+import signal
 import socket
 import time
 import traceback
@@ -16,21 +18,36 @@ import pytest
 import torch
 from torch import nn
 
-from cifarlab import distributed, experiment
-from cifarlab.batchnorm import SyncBatchNorm
+from cifarlab import distributed, experiment, files
+from cifarlab.batchnorm import SyncBatchNorm, running_statistics
+from cifarlab.board import Board
+from cifarlab.build import make_task
 from cifarlab.errors import RecipeError, RunError
 from cifarlab.pruning import Pruning
 from cifarlab.recipe import load_recipe
 from cifarlab.recipe_sections import Prune
-from cifarlab.train import EpochSums, StopRequest, TrainingBatch, Whole
+from cifarlab.train import EpochSums, StopRequest, Task, TrainingBatch, TrainingStep, Whole
 from faults import _context
-from short_runs import CPU, Quiet, make_dataset
+from short_runs import CPU, Quiet, make_dataset, recipe
 
 # --- what each of them does --------------------------------------------------------------------
 
 
+def only_reads() -> None:
+    """From here on this process may not write, if it is not the first."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("only the first process writes")
+
+    if not distributed.is_first():
+        for name in ("make_folder", "replacing", "continuing", "rename", "locked", "remove"):
+            setattr(files, name, refuse)
+        Board.begin = Board.add = refuse  # type: ignore[method-assign]
+
+
 def a_run(runs: Path, overrides: list[str], stop_at: int | None = None, images: int = 430) -> str:
     """Begin a run, or go on with the one in the folder; returns where it is. In each of the processes."""
+    only_reads()
     dataset = make_dataset(noise=0.3, train=images)
     experiment.load = lambda *_: dataset
     experiment._git_state = lambda: None
@@ -104,14 +121,83 @@ def _refuse() -> NoReturn:
     raise RecipeError("no such field")
 
 
-def normalise(dtype: torch.dtype, affine: bool) -> dict[str, Any]:
+def made_ready() -> dict[str, Any]:
+    """What a run begins with, and the first exchange of a step, in each of three processes that are not quite alike."""
+    rank = distributed.place().rank
+    dataset = make_dataset(train=60)
+    overrides = ["model={name: racing, widths: [4, 4, 4]}", "train.batch_size=16", "train.sync_batchnorm=false"]
+    plan, other = (recipe(*overrides, "train.ema=0.9", *more) for more in ([], ["optimizer.lr=0.5"]))
+    with pytest.raises(RunError) as refused:
+        experiment.get_ready(other if rank == 2 else plan, dataset, CPU, lambda _: None)
+    prepared, weights, decided = experiment.get_ready(plan, dataset, CPU, lambda _: None)
+
+    def rounded_otherwise(*arguments: Any) -> Task:
+        task = make_task(*arguments)
+        assert task.average is not None
+        for network in (task.network, task.average.network):
+            for value in network.model.state_dict().values():
+                value += rank
+        return task
+
+    vars(experiment)["make_task"] = rounded_otherwise
+    task = experiment._make_task(decided.recipe, prepared, CPU, weights, lambda _: None)
+    assert task.average is not None
+    model = task.network.model
+    begun = [copy.deepcopy(network.model.state_dict()) for network in (task.network, task.average.network)]
+    take_step = TrainingStep(decided.recipe, task, lambda _: None)
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, rank + 1.0) if parameter.requires_grad else None
+    for statistic in running_statistics(model):
+        statistic.fill_(rank)
+    loss = torch.tensor(rank + 0.25)
+    take_step._exchange(loss)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return {
+        "refused": str(refused.value), "begun": begun, "loss": loss.item(),
+        "gradients": [sorted({*gradient.flatten().tolist()}) for gradient in gradients],
+        "statistics": [sorted({*statistic.tolist()}) for statistic in running_statistics(model)],
+    }  # fmt: skip
+
+
+def say_goodbye(complaints: list[str]) -> bool:
+    """Leave with a complaint of one's own; returns whether it is to be said."""
+    said = distributed.leave(complaints[distributed.place().rank])
+    distributed.everyones(None)  # the first one has what they find one another by
+    return said
+
+
+def wait_for_one_that_is_stopped(note: Path) -> None:
+    """The second process stops, and is not dead: what the first one waits for comes to no end."""
+    distributed.SILENCE, distributed.GRACE = 3.0, 0.1
+    distributed.everyones(None)
+    if not distributed.is_first():
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with distributed.last_words(note.write_text):
+        distributed.everyones(None)
+
+
+def batch_norm(affine: bool) -> nn.BatchNorm2d:
+    """A layer that has nothing of what a new one has by itself."""
+    layer = nn.BatchNorm2d(5, eps=0.5, momentum=0.3, affine=affine)
+    for place, value in enumerate(layer.parameters()):
+        value.data = torch.linspace(0.5, 2, 5).roll(place)
+    return layer
+
+
+def rows_and_gradients(mean: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What goes through a layer forwards and backwards, (6, 5, 4, 4) each."""
+    torch.manual_seed(0)
+    return torch.randn(6, 5, 4, 4) * 3 + mean, torch.randn(6, 5, 4, 4)
+
+
+def normalise(dtype: torch.dtype, affine: bool, mean: float) -> dict[str, Any]:
     """BatchNorm of three processes' 1, 2 and 3 rows, and its gradients."""
     rank = distributed.place().rank
-    torch.manual_seed(0)
-    rows, upstream = torch.randn(6, 5, 4, 4) * 3 + 50, torch.randn(6, 5, 4, 4)
+    rows, upstream = rows_and_gradients(mean)
     begin = (0, 1, 3)[rank]
     own = slice(begin, begin + rank + 1)
-    layer = nn.BatchNorm2d(5, affine=affine)
+    layer = batch_norm(affine)
     images = rows[own].to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     with SyncBatchNorm():
         output = layer(images)
@@ -125,6 +211,7 @@ def normalise(dtype: torch.dtype, affine: bool) -> dict[str, Any]:
 
 
 def scored(path: str) -> dict[str, Any]:
+    only_reads()
     dataset = make_dataset(noise=0.3, train=430)
     experiment.load = lambda *_: dataset
     return experiment.score_run(Path(path), data_folder=None, device=CPU, report=lambda _: None)
@@ -158,7 +245,8 @@ def together(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
                 assert pipe.poll(120), f"process {rank} hangs"
                 fine, sent = pipe.recv()  # as bytes: tensors would be shared with a process that ends
             except EOFError:
-                fine, sent = False, "it was killed"
+                process.join(30)
+                fine, sent = False, f"it ended with {process.exitcode}"
             assert fine, f"process {rank}: {sent}"
             results.append(torch.load(io.BytesIO(sent), weights_only=True))
             process.join(30)

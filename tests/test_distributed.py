@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,21 @@ from cifarlab.errors import RecipeError
 from cifarlab.models.chain import set_mode
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.train import TrainingBatch, deal, make_batches
-from processes import a_run, exchange, normalise, scored, together
+from cifarlab.train import Backward, TrainingBatch, Whole, _seed_of, deal, make_batches
+from processes import (
+    a_run,
+    batch_norm,
+    exchange,
+    made_ready,
+    normalise,
+    rows_and_gradients,
+    say_goodbye,
+    scored,
+    together,
+    wait_for_one_that_is_stopped,
+)
 from short_runs import CPU, make_dataset, recipe, without_times
+from test_tricks import small_memory
 
 # No dropout, and all that the processes must agree on.
 NETWORK = [
@@ -78,11 +91,13 @@ def check_equal(one: RunFolder, other: RunFolder, tolerance: float = 1e-5) -> No
             assert mine[name] == pytest.approx(its[name], rel=tolerance), name
         assert mine["train_accuracy"] == pytest.approx(its["train_accuracy"], abs=0.005)
         assert mine["lr"] == its["lr"]
-    if logs[0]["frozen_stages"] is None:  # what is everybody's is nobody's to remember
+    if logs[0]["frozen_stages"] is None:
         assert logs[0]["flops"] == logs[1]["flops"]
-    else:
-        assert logs[0]["flops"] <= logs[1]["flops"]
+    else:  # what is everybody's, as an epoch's last 4 images are, is nobody's to remember: the next batches lack them
+        assert logs[0]["flops"] <= logs[1]["flops"] < 1.3 * logs[0]["flops"]
         assert logs[1]["frozen_stages"]["recalled"] > 0
+        seen = [log["frozen_stages"]["computed"] + log["frozen_stages"]["recalled"] for log in logs]
+        assert seen[0] <= seen[1] < 1.1 * seen[0]
     tests = [run.test_log() for run in (one, other)]
     assert tests[0] is not None
     assert tests[1] is not None
@@ -221,17 +236,54 @@ def test_exchanges() -> None:
         assert found["state"] == found["again"] == {"loss": 28, "weight": 16, "correct": 3, "answers": 16, "images": 16}
 
 
-@pytest.mark.parametrize(("dtype", "affine", "tolerance"), [(torch.float32, True, 1e-4), (torch.bfloat16, False, 0.05)])
-def test_batch_norm_is_that_of_all_rows(dtype: torch.dtype, affine: bool, tolerance: float) -> None:
-    torch.manual_seed(0)
-    rows, upstream = torch.randn(6, 5, 4, 4) * 3 + 50, torch.randn(6, 5, 4, 4)
-    layer = nn.BatchNorm2d(5, affine=affine)
+def test_processes_begin_alike_and_a_steps_gradients_are_added_up() -> None:
+    """Another recipe is refused by all; weights are the first one's; BatchNorm's own statistics are averaged."""
+    found = together(3, made_ready)
+    for one in found:
+        assert "process 2 on" in one["refused"] and "recipe is " in one["refused"]
+        assert one["loss"] == 0.25 + 1.25 + 2.25
+        assert {*map(tuple, one["gradients"])} == {(6.0,)}
+        assert {*map(tuple, one["statistics"])} == {(1.0,)}
+        for mine, its in zip(one["begun"], found[0]["begun"], strict=True):
+            assert all(torch.equal(value, its[name]) for name, value in mine.items())
+
+
+def test_dropout_draws_other_numbers_for_other_rows(places: Callable[[int, int], None]) -> None:
+    """But the same for a batch that all compute all of."""
+    plan, seeds = recipe(), []
+    for parts in ((8,), None):
+        batch = TrainingBatch(torch.empty(8), torch.empty(8), whole=Whole(16, 16, parts, True))
+        for rank in range(3):
+            places(rank, 3)
+            seeds.append(_seed_of(plan, batch, 5))
+    assert len(set(seeds[:3])) == 3
+    assert len(set(seeds[3:])) == 1
+
+
+def test_one_that_runs_out_of_memory_does_not_go_on_by_itself(places: Callable[[int, int], None]) -> None:
+    """The others wait for its sums: it would exchange others than they do."""
+    plan = recipe("train.batch_size=8")
+    task = make_task(plan, prepare(make_dataset(train=60), plan.data, plan.seed), CPU, None, lambda _: None)
+    small_memory(task.network.model, 4)
+    batch = TrainingBatch(torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64))
+    places(1, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        Backward(plan, task, None)(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "affine", "mean", "tolerance"),
+    [(torch.float32, True, 300.0, 1e-4), (torch.bfloat16, False, 50.0, 0.05)],
+)
+def test_batch_norm_is_that_of_all_rows(dtype: torch.dtype, affine: bool, mean: float, tolerance: float) -> None:
+    rows, upstream = rows_and_gradients(mean)
+    layer = batch_norm(affine)
     images = rows.to(dtype).float().requires_grad_()
     output = layer(images)
     torch.autograd.backward(output, upstream)
     layer.eval()
     close: dict[str, Any] = {"rtol": tolerance, "atol": tolerance}
-    found = together(3, normalise, dtype, affine)
+    found = together(3, normalise, dtype, affine, mean)
     torch.testing.assert_close(torch.cat([one["output"] for one in found]).float(), output.detach(), **close)
     torch.testing.assert_close(torch.cat([one["gradient"] for one in found]).float(), images.grad, **close)
     for number, parameter in enumerate(layer.parameters()):
@@ -240,6 +292,65 @@ def test_batch_norm_is_that_of_all_rows(dtype: torch.dtype, affine: bool, tolera
         torch.testing.assert_close(one["evaluated"], layer(rows), **close)
         for mine, its in zip(one["buffers"], layer.buffers(), strict=True):
             torch.testing.assert_close(mine, its, **close)
+
+
+# --- who lives --------------------------------------------------------------------------------
+
+
+def watch(rank: int, size: int) -> Any:
+    """What watches the others, without them."""
+    made: Any = object.__new__(distributed._Watch)
+    made._own, made._suspicious = distributed.Place(rank, size, rank), False
+    return made
+
+
+def sign(count: int, **more: Any) -> bytes:
+    return json.dumps({"count": count, "host": "h", "pid": 7, **more}).encode()
+
+
+def test_one_that_tells_nothing_new_for_long_is_gone() -> None:
+    """Signs are counted from when they were first seen here: clocks of two machines needn't agree."""
+    judge, signs = watch(0, 3)._judge, dict[int, Any]()
+    assert judge([sign(1), sign(1), sign(5)], signs, 100.0) is None
+    assert judge([sign(1), sign(2), sign(5)], signs, 111.9) is None
+    gone = "process 2 of 3 (on h, pid 7) is gone: no sign of life for 12 seconds; what it was at can be gone on with"
+    assert judge([sign(1), sign(2), sign(5)], signs, 112.1) == gone
+    assert judge([sign(1), sign(2), sign(6)], signs, 112.1) is None
+    assert judge([sign(1), sign(2), sign(7)], signs, 123.8) is None  # of itself it knows
+    assert "process 1 of 3" in judge([sign(1), sign(2), sign(7)], signs, 124.0)
+
+
+def test_after_an_exchange_that_failed_silence_says_more() -> None:
+    suspicious, signs = watch(1, 2), dict[int, Any]()
+    assert suspicious._judge([sign(1), sign(1)], signs, 100.0) is None
+    assert suspicious._judge([sign(1), sign(1)], signs, 104.1) is None
+    suspicious._suspicious = True
+    assert suspicious._judge([sign(1), sign(1)], signs, 103.9) is None
+    assert "process 0 of 2 (on h, pid 7) is gone: no sign of life for 4 seconds" in suspicious._judge(
+        [sign(1), sign(1)], signs, 104.1
+    )
+
+
+def test_one_that_has_said_why_it_ends_is_quoted_and_one_that_is_done_is_not_missed() -> None:
+    judge = watch(0, 3)._judge
+    assert judge([sign(1), sign(1, done=True), sign(1, done=True)], {}, 100.0) is None
+    signs = {1: distributed._Sign(sign(1, done=True), 0.0)}
+    assert judge([sign(1), sign(1, done=True), sign(1)], signs, 100.0) is None
+    said = judge([sign(1), sign(1), sign(1, complaint="the disk is full")], {}, 100.0)
+    assert said == "process 2 of 3 (on h, pid 7) has ended: the disk is full"
+
+
+def test_what_waits_for_one_that_is_silent_ends_and_says_so(tmp_path: Path) -> None:
+    """Where an exchange does not fail, as NCCL's don't: the run's record has the reason, and the exit code is ours."""
+    note = tmp_path / "note"
+    with pytest.raises(AssertionError, match="process 0: it ended with 4"):
+        together(2, wait_for_one_that_is_stopped, note)
+    assert "process 1 of 2" in note.read_text()
+    assert "no sign of life for 3 seconds" in note.read_text()
+
+
+def test_what_all_find_is_said_once() -> None:
+    assert together(3, say_goodbye, ["too little", "too little", "the disk is full"]) == [True, False, True]
 
 
 # --- whole runs -------------------------------------------------------------------------------
@@ -290,7 +401,8 @@ def test_statistics_are_averaged_of_layers_in_training() -> None:
 
 
 def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
-    run = alone(tmp_path, [*settings("plain"), "evaluate.tta=flip"])
+    # The five batches can't be dealt out evenly.
+    run = alone(tmp_path, [*settings("plain"), "evaluate={tta: flip, batch_size: 11}"])
     first = run.test_log()
     assert first is not None
     for count in (2, 3):
@@ -304,9 +416,10 @@ def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
         assert found["test_looks"] == count
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
-def test_going_on_in_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
-    overrides = settings("pruned")  # the losses of all images, and an epoch's half
+# Pruned: the losses of all images, and an epoch's half. Cached: what frozen stages had of images comes to others.
+@pytest.mark.parametrize(("name", "before", "after"), [("pruned", 2, 1), ("cached", 1, 3)])
+def test_going_on_in_another_number_of_processes(name: str, before: int, after: int, tmp_path: Path) -> None:
+    overrides = settings(name)
     one = alone(tmp_path / "one", overrides)
     for count, stop_at in ((before, 7), (after, None)):
         together(count, a_run, tmp_path / "other", overrides, stop_at)

@@ -146,6 +146,9 @@ def test_a_note_on_the_source_is_one_short_line_whatever_it_holds(tmp_path: Path
     dataset = read_cifar("cifar10", tmp_path)
     assert dataset is not None and "downloaded from a mirror and more" in dataset.source
     assert "\n" not in dataset.source and len(dataset.source) < 1000
+    (folder / "cifarlab-source.txt").write_bytes(b"\xff is not UTF-8")
+    dataset = read_cifar("cifar10", tmp_path)
+    assert dataset is not None and dataset.source == f"binary files in {folder}"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -324,7 +327,13 @@ def test_what_pax_headers_say_neither_loops_nor_leads_out(tmp_path: Path, record
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+LONG = [
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+]
+
+
+@pytest.mark.parametrize("kind", LONG)
 def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path, kind: bytes) -> None:
     # A megabyte of digits takes tarfile half an hour before Python 3.11.10 and 3.12.6 (CVE-2024-6232).
     header = tarfile.TarInfo("x")
@@ -359,6 +368,22 @@ def test_many_headers_before_one_member_end(tmp_path: Path) -> None:
     chain += tarfile.TarInfo("y").tobuf(tarfile.USTAR_FORMAT)
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(gzip.compress(chain * 900, 1))
     assert "truncated or damaged" in refusal(lambda: read_cifar("cifar10", tmp_path))
+
+
+def test_headers_are_counted_for_each_archive(tmp_path: Path) -> None:
+    others = [{"name": f"readme-{number}", "pax_headers": {"comment": "x"}} for number in range(150)]
+    archive_of(tmp_path / "in", *others)
+    for _ in range(2):
+        assert read_cifar("cifar10", tmp_path / "in") is not None
+    archive_of(tmp_path / "more", *others, *others)
+    assert "more than 200 headers" in refusal(lambda: read_cifar("cifar10", tmp_path / "more"))
+
+
+@pytest.mark.parametrize("size", [2**28 + 1, 2**40, -1])
+def test_a_batch_that_is_larger_than_any_of_cifar_is_refused_before_it_is_read(tmp_path: Path, size: int) -> None:
+    archive_of(tmp_path / "in", instead={"data_batch_3": [{"name": BATCH, "size": size}]})
+    message = refusal(lambda: read_cifar("cifar10", tmp_path / "in"))
+    assert f"{BATCH} has {size:,} bytes, which no file of CIFAR has" in message
 
 
 def test_a_bomb_of_a_gigabyte_is_stopped_at_a_limit_that_can_be_raised(
