@@ -20,7 +20,7 @@ from cifarlab.study import Arm, Run, Study, results
 from study import add_arguments
 
 SEEDS, DRAWS, PAIRS = 40, 1_000, 5
-SETTINGS = ("train.epochs=4", "data.limit=10000", "data.validation=0.5", "evaluate.test=false")
+SETTINGS = ("train.epochs=3", "data.limit=5000", "evaluate.test=false")
 
 
 def main() -> None:
