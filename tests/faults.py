@@ -253,7 +253,7 @@ def outcome(runs: Path) -> dict[str, Any]:
     for name in ("predictions.npz", "validation_predictions.npz", "examples.npz"):
         with np.load(folder.path / name) as found:
             arrays |= {f"{name} {key}": found[key].tobytes() for key in found.files}
-    events = EventAccumulator(str(folder.path))
+    events = EventAccumulator(str(folder.path), size_guidance={"histograms": 0, "images": 0})  # all of them
     events.Reload()
     steps = [event.step for event in events.Scalars("loss/train")]
     histograms = {tag: [event.step for event in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
