@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifarlab import experiment
+from cifarlab import experiment, files, plots
 from cifarlab.data.dataset import Dataset, Images, UInt8Array
 from cifarlab.data.prepare import Prepared
 from cifarlab.recipe import Recipe, load_recipe
@@ -64,6 +64,16 @@ def normalised(pixels: UInt8Array, data: Prepared) -> torch.Tensor:
     return (torch.from_numpy(pixels).float() / 255 - mean) / std
 
 
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Has runs draw nothing: that takes longer than a short run trains. What is drawn is in test_plots.py."""
+
+    def draw(path: Path, *_: Any, **__: Any) -> None:
+        files.write_bytes(path, b"a picture")
+
+    for name in ("loss_curve", "accuracy_curve", "confusion_matrix"):
+        patch.setattr(plots, name, draw)
+
+
 def run(
     tmp_path: Path,
     *overrides: str,
@@ -74,6 +84,7 @@ def run(
     histograms: bool = False,
     monkeypatch: pytest.MonkeyPatch,
 ) -> RunFolder:
+    without_pictures(monkeypatch)
     found = dataset or make_dataset()
     monkeypatch.setattr(experiment, "load_dataset", lambda *_: found)
     return experiment.run_experiment(
