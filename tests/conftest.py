@@ -12,9 +12,10 @@ import pytest
 from hypothesis import settings
 from matplotlib.figure import Figure
 
-# As commands have it: by default a thread that waits for another keeps it from its core where somebody else wants one
-# too, as the tests' own processes do, and a step takes five times as long. Read as torch is imported, in children too.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# By default a thread of torch's that waits for others keeps them from its core for a while, where the tests' own
+# processes or anybody else want it too: a short run took ten times as long. What is computed is the same. Read as torch
+# is imported, in children as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 settings.register_profile("cifarlab", derandomize=True, deadline=None)
 settings.load_profile("cifarlab")
@@ -35,6 +36,14 @@ def nothing_was_measured_before(monkeypatch: pytest.MonkeyPatch, tmp_path_factor
     """What is measured is remembered for one test only, and never where the user's is."""
     path = tmp_path_factory.getbasetemp() / f"measured-{uuid4().hex}.json"
     monkeypatch.setattr("cifarlab.remembered._path", lambda: path)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing; those of `short_runs.run` don't in any case."""
+    from short_runs import without_pictures
+
+    without_pictures(monkeypatch)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifarlab import distributed, experiment, files
+from cifarlab import distributed, experiment, files, flops
 from cifarlab.batchnorm import SyncBatchNorm, running_statistics
 from cifarlab.board import Board
 from cifarlab.build import make_task
@@ -28,7 +29,7 @@ from cifarlab.recipe import load_recipe
 from cifarlab.recipe_sections import Prune
 from cifarlab.train import EpochSums, StopRequest, Task, TrainingBatch, TrainingStep, Whole
 from faults import _context
-from short_runs import CPU, Quiet, make_dataset, recipe
+from short_runs import CPU, Quiet, make_dataset, recipe, without_pictures
 
 # --- what each of them does --------------------------------------------------------------------
 
@@ -48,6 +49,8 @@ def only_reads() -> None:
 def a_run(runs: Path, overrides: list[str], stop_at: int | None = None, images: int = 430) -> str:
     """Begin a run, or go on with the one in the folder; returns where it is. In each of the processes."""
     only_reads()
+    without_pictures(pytest.MonkeyPatch())
+    vars(flops)["per_image"] = lambda module, shape, trained=(): math.prod(shape) + sum(trained)  # which takes no time
     dataset = make_dataset(noise=0.3, train=images)
     experiment.load = lambda *_: dataset
     experiment._git_state = lambda: None
@@ -212,6 +215,7 @@ def normalise(dtype: torch.dtype, affine: bool, mean: float) -> dict[str, Any]:
 
 def scored(path: str) -> dict[str, Any]:
     only_reads()
+    without_pictures(pytest.MonkeyPatch())
     dataset = make_dataset(noise=0.3, train=430)
     experiment.load = lambda *_: dataset
     return experiment.score_run(Path(path), data_folder=None, device=CPU, report=lambda _: None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifarlab import distributed, experiment
+from cifarlab import distributed, experiment, flops
 from cifarlab.batchnorm import running_statistics
 from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
@@ -33,7 +33,7 @@ from processes import (
     together,
     wait_for_one_that_is_stopped,
 )
-from short_runs import CPU, make_dataset, recipe, without_times
+from short_runs import CPU, make_dataset, recipe, without_pictures, without_times
 from test_tricks import small_memory
 
 # No dropout, and all that the processes must agree on.
@@ -70,7 +70,22 @@ def alone(runs: Path, overrides: list[str], images: int = 430) -> RunFolder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "load", None)
         patch.setattr(experiment, "_git_state", None)
+        without_pictures(patch)
+        patch.setattr(flops, "per_image", None)
         return RunFolder(Path(a_run(runs, overrides, None, images)))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
+    """The run of one process, with settings of that name."""
+    found: dict[str, RunFolder] = {}
+
+    def of(name: str) -> RunFolder:
+        if name not in found:
+            found[name] = alone(tmp_path_factory.mktemp("one"), settings(name))
+        return found[name]
+
+    return of
 
 
 def check_equal(one: RunFolder, other: RunFolder, tolerance: float = 1e-5) -> None:
@@ -172,9 +187,10 @@ def test_cached_images_always_come_to_the_same_process(places: Callable[[int, in
     set_mode(task.network.model, 2, backbone=False)
     frozen = task.network.frozen
     assert frozen is not None
-    list(itertools.islice(make_batches(plan, task, 0, 40), 13))
+    batches = list(itertools.islice(make_batches(plan, task, 0, 40), 13))
     owned = int((task.train % 2 == 1).sum())
     assert (frozen.computed, frozen.recalled > owned) == (owned, True)
+    assert frozen.record()["bytes"] == owned * batches[0].inputs[0].nbytes  # and has no room for those of others
 
 
 def test_a_batch_too_small_to_divide_is_everybodys_and_counts_once(places: Callable[[int, int], None]) -> None:
@@ -351,9 +367,11 @@ def test_what_all_find_is_said_once() -> None:
 @pytest.mark.parametrize(
     ("name", "count"), [("plain", 2), ("plain", 3), ("mixed", 2), ("pruned", 2), ("streamed", 2), ("cached", 3)]
 )
-def test_several_processes_are_as_good_as_one(name: str, count: int, tmp_path: Path) -> None:
+def test_several_processes_are_as_good_as_one(
+    name: str, count: int, tmp_path: Path, one_process: Callable[[str], RunFolder]
+) -> None:
     """The same losses within 1e-5, counts and weights, after more than ten steps."""
-    one = alone(tmp_path / "one", settings(name))
+    one = one_process(name)
     paths = together(count, a_run, tmp_path / "two", settings(name))
     assert len(set(paths)) == 1
     two = RunFolder(Path(paths[0]))
@@ -407,9 +425,10 @@ def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
 
 # Pruned: the losses of all images, and an epoch's half. Cached: what frozen stages had of images comes to others.
 @pytest.mark.parametrize(("name", "before", "after"), [("pruned", 2, 1), ("cached", 1, 3)])
-def test_going_on_in_another_number_of_processes(name: str, before: int, after: int, tmp_path: Path) -> None:
-    overrides = settings(name)
-    one = alone(tmp_path / "one", overrides)
+def test_going_on_in_another_number_of_processes(
+    name: str, before: int, after: int, tmp_path: Path, one_process: Callable[[str], RunFolder]
+) -> None:
+    overrides, one = settings(name), one_process(name)
     for count, stop_at in ((before, 7), (after, None)):
         together(count, a_run, tmp_path / "other", overrides, stop_at)
     other = RunFolder(next((tmp_path / "other").rglob("train.json")).parent)
