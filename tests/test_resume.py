@@ -26,6 +26,8 @@ from command import call
 from short_runs import CPU, Quiet, make_dataset, recipe, run, without_times
 from watched_steps import SETTINGS
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 STEPS_PER_EPOCH = 6  # 3 epochs of 360 images
 FAMILIES = SETTINGS | {
     "ex2 with schedule": [
@@ -161,32 +163,56 @@ class Killed(BaseException):
     """Nothing of the process's own runs any more, as far as can be had in one process."""
 
 
-def killed(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, *more: str) -> RunFolder:
+def run_until_killed(place: Path, step: int, *more: str) -> RunFolder:
     """A run that leaves what a SIGKILL after that step leaves: it still says that it is running."""
 
     def look(progress: Progress) -> None:
         if progress.step == step:
             raise Killed
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "mark", lambda *_: None)
         with pytest.raises(Killed):
-            run(tmp_path, *PLAIN, *EXACT, *more, display=Quiet(look), dataset=a_dataset(), monkeypatch=patch)
-    (log,) = tmp_path.rglob("train.json")
+            run(place, *PLAIN, *EXACT, *more, display=Quiet(look), dataset=a_dataset(), monkeypatch=patch)
+    (log,) = place.rglob("train.json")
     return RunFolder(log.parent)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The result of the recipe that the tests below kill."""
+def killed_before(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, ...], RunFolder]:
+    return {}
+
+
+@pytest.fixture
+def killed(
+    killed_before: dict[tuple[object, ...], RunFolder], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> Callable[..., RunFolder]:
+    """`run_until_killed`, which is done once: each test has a copy of what it left."""
+
+    def copy(step: int, *more: str) -> RunFolder:
+        if (step, *more) not in killed_before:
+            killed_before[step, *more] = run_until_killed(tmp_path_factory.mktemp("killed"), step, *more)
+        return RunFolder(Path(shutil.copytree(killed_before[step, *more].path, tmp_path / "killed" / "run")))
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The recipe that the tests below kill, undisturbed."""
     with pytest.MonkeyPatch.context() as patch:
-        return result(run(tmp_path_factory.mktemp("plain"), *PLAIN, *EXACT, dataset=a_dataset(), monkeypatch=patch))
+        return run(tmp_path_factory.mktemp("plain"), *PLAIN, *EXACT, dataset=a_dataset(), monkeypatch=patch)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_run: RunFolder) -> dict[str, Any]:
+    return result(plain_run)
 
 
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 15, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     assert folder.status == "running"
     assert [path.name for path in folder.checkpoints()] == ["step-8.pth", "step-12.pth"]
     # The log says more than the checkpoint knows: two epochs are over either way.
@@ -196,12 +222,12 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(
 
 
 def test_what_came_after_the_checkpoint_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
     """Epochs 1 and 2 are in the log, and best.pth may be of the second; the checkpoint is of the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = killed(tmp_path, 14, monkeypatch, "train.checkpoint_every={steps: 4}", "train.keep=9")
+    folder = killed(14, "train.checkpoint_every={steps: 4}", "train.keep=9")
     for name in ("step-8.pth", "step-12.pth"):
         (folder.path / name).unlink()
     assert len(folder.train_log()["epochs"]) == 2
@@ -217,9 +243,9 @@ def test_what_came_after_the_checkpoint_is_taken_back(
 
 
 def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 8, monkeypatch)
+    folder = killed(8)
     (folder.path / ".best.pth.0123456789abcdef.tmp").write_bytes(b"half of a checkpoint")
     assert f"{folder.path} has no checkpoint yet: it begins again" in resume(folder, monkeypatch)
     assert result(folder) == plain
@@ -229,9 +255,9 @@ def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
 
 @pytest.mark.parametrize("record", ["train.json", "environment.json"])
 def test_a_run_goes_on_without_the_records_that_a_kill_can_lose(
-    record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    record: str, killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     if record == "train.json":
         (folder.path / record).write_bytes(b"")
     else:
@@ -255,9 +281,9 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["a bit", "cut", "empty", "seal"])
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_used(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    how: str, killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     newest = folder.path / "step-12.pth"
     damage(newest, how)
     said = resume(folder, monkeypatch)
@@ -268,9 +294,9 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_used(
 
 
 def test_a_whole_file_that_is_no_checkpoint_to_go_on_from_is_set_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     best = folder.load_checkpoint("best.pth")
     folder.save_checkpoint("step-99.pth", serialized(best | {"step": 99}))
     (line,) = [line for line in resume(folder, monkeypatch) if "step-99" in line]
@@ -279,19 +305,19 @@ def test_a_whole_file_that_is_no_checkpoint_to_go_on_from_is_set_aside(
 
 
 def test_a_best_checkpoint_that_is_damaged_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
     every = ["train.checkpoint_every={epochs: 1}"]
-    folder = killed(tmp_path / "same", 8, monkeypatch, *every)
+    folder = killed(8, *every)
     damage(folder.path / "best.pth", "a bit")
     assert any("the checkpoint's weights, which are the best, take its place" in s for s in resume(folder, monkeypatch))
     assert result(folder) == plain
 
 
 def test_a_run_that_is_done_is_left_alone_and_one_that_was_not_scored_is_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_run: RunFolder, plain: dict[str, Any]
 ) -> None:
-    folder = run(tmp_path, *PLAIN, *EXACT, dataset=a_dataset(), monkeypatch=monkeypatch)
+    folder = RunFolder(Path(shutil.copytree(plain_run.path, tmp_path / "run")))
     before = {path: path.stat().st_mtime_ns for path in folder.path.iterdir()}
     assert resume(folder, monkeypatch) == [f"{folder.path} is finished: there is nothing to go on with"]
     assert {path: path.stat().st_mtime_ns for path in folder.path.iterdir() if path.name != ".lock"} == {
@@ -310,9 +336,9 @@ def test_a_run_that_is_done_is_left_alone_and_one_that_was_not_scored_is_scored(
 
 
 def test_a_checkpoint_that_can_not_be_read_now_is_not_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     read = Path.read_bytes
 
     def refused(path: Path) -> bytes:
@@ -330,9 +356,9 @@ def test_a_checkpoint_that_can_not_be_read_now_is_not_given_up(
 
 
 def test_where_no_checkpoint_is_whole_the_user_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     for path in folder.checkpoints():
         damage(path, "a bit")
     with pytest.raises(NotARunError, match=r"no checkpoint of .* is whole; they are set aside; go on once more"):
@@ -342,24 +368,22 @@ def test_where_no_checkpoint_is_whole_the_user_decides(
     assert result(folder) == plain
 
 
-def test_whatever_a_checkpoint_lacks_or_has_wrong_it_is_set_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = killed(tmp_path, 5, monkeypatch, *EVERY)
-    whole = folder.load_checkpoint("step-4.pth")
+def test_whatever_a_checkpoint_lacks_or_has_wrong_it_is_set_aside(killed: Callable[..., RunFolder]) -> None:
+    folder = killed(13, *EVERY)
+    whole = folder.load_checkpoint("step-12.pth")
     for name in whole.keys() - {"cifarlab", "step"}:
         for changed in ({key: value for key, value in whole.items() if key != name}, whole | {name: b"7"}):
-            folder.save_checkpoint("step-5.pth", serialized(changed))
+            folder.save_checkpoint("step-13.pth", serialized(changed))
             said: list[str] = []
             state = folder.newest_checkpoint(said.append)
-            assert state is not None and state["step"] == 4, name
-            assert f"it has no {name}; it is set aside as step-5.pth.damaged" in said[0]
+            assert state is not None and state["step"] == 12, name
+            assert f"it has no {name}; it is set aside as step-13.pth.damaged" in said[0]
 
 
 def test_a_checkpoint_of_before_a_field_was_there_counts_its_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     state = folder.load_checkpoint("step-12.pth")
     del state["recipe"]["train"]["retries"], state["recipe"]["loss"]["mixup"]
     folder.save_checkpoint("step-12.pth", serialized(state))
@@ -374,9 +398,9 @@ def test_a_checkpoint_of_before_a_field_was_there_counts_its_default(
 
 @pytest.mark.parametrize("values", ["", "[1]", '{"data": null}', '{"data": {}, "resumed": 7}'])
 def test_a_damaged_environment_is_written_anew(
-    values: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
+    values: str, killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]
 ) -> None:
-    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    folder = killed(13, *EVERY)
     before = folder.environment()
     (folder.path / "environment.json").write_text(values)
     (line,) = [line for line in resume(folder, monkeypatch) if "environment.json is damaged" in line]
@@ -484,8 +508,10 @@ def refusal(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, dataset: Dataset
     return str(refused.value)
 
 
-def test_a_changed_recipe_is_refused_with_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+def test_a_changed_recipe_is_refused_with_the_difference(
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed(13, *EVERY)
     recipe_file = folder.path / "recipe.yaml"
     text = recipe_file.read_text()
     assert "lr: 0.001" in text
@@ -495,8 +521,10 @@ def test_a_changed_recipe_is_refused_with_the_difference(tmp_path: Path, monkeyp
     assert "recipe.yaml" in refusal(folder, monkeypatch)
 
 
-def test_changed_images_classes_or_labels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+def test_changed_images_classes_or_labels_are_refused(
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed(13, *EVERY)
     other = a_dataset()
     other.train.pixels[0, 0, 0, 0] ^= 1
     assert "content_hash was" in refusal(folder, monkeypatch, other)
@@ -505,18 +533,20 @@ def test_changed_images_classes_or_labels_are_refused(tmp_path: Path, monkeypatc
     assert "classes was ['a', 'b', 'c', 'd']" in refusal(folder, monkeypatch, renamed)
 
 
-def test_a_change_before_the_first_checkpoint_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = killed(tmp_path, 3, monkeypatch)
+def test_a_change_before_the_first_checkpoint_is_refused_too(
+    killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed(8)
     other = a_dataset()
     other.train.labels[0] = (other.train.labels[0] + 1) % 4
     assert "content_hash was" in refusal(folder, monkeypatch, other)
 
 
-def test_a_changed_machine_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = killed(tmp_path, 9, monkeypatch, *EVERY)
+def test_a_changed_machine_is_a_warning(killed: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = killed(13, *EVERY)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     (line,) = [line for line in resume(folder, monkeypatch) if line.startswith("going on")]
-    assert line.startswith("going on from step 8; not bit for bit as if it had never stopped: threads was ")
+    assert line.startswith("going on from step 12; not bit for bit as if it had never stopped: threads was ")
     assert line.endswith("is 99") and folder.status == "finished"
 
 
@@ -556,7 +586,7 @@ def test_a_clock_that_is_set_back_changes_nothing(
 ) -> None:
     now = iter(range(2_000_000_000, 0, -5000))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
-    folder = killed(tmp_path, 13, monkeypatch, *EVERY)
+    folder = run_until_killed(tmp_path, 13, *EVERY)
     newest = folder.path / "step-12.pth"
     os.utime(newest, (1000, 1000))
     assert "going on from step 12, bit for bit as if it had never stopped" in resume(folder, monkeypatch)
@@ -620,7 +650,7 @@ def test_a_process_that_was_killed_is_gone_on_with_by_the_same_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def command(runs: Path) -> list[str]:
-        every = ["--set", "train.checkpoint_every.steps=2", "--set", "train.epochs=2", "--set", "data.limit=600"]
+        every = ["--set", "train.checkpoint_every.steps=2", "--set", "train.epochs=2", "--set", "data.limit=300"]
         return ["run", "ex1", "--dataset", "digits", "--runs", str(runs), "--resume", *every]
 
     process = subprocess.Popen([sys.executable, "-m", "cifarlab", *command(tmp_path / "killed")])
@@ -668,7 +698,7 @@ def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(
     assert folder.status == "stopped"
     assert [path.name for path in folder.checkpoints()] == ["step-2.pth", "step-4.pth"]
     assert folder.load_checkpoint("step-4.pth")["step"] == 4
-    monkeypatch.undo()
+    monkeypatch.setattr(train.TrainingStep, "set_gradients", gradients)
     code_of, out, _ = call(capsys, monkeypatch, "resume", folder.path)
     assert code_of == 0 and "going on from step 4, bit for bit" in out
 
