@@ -197,6 +197,7 @@ def test_a_run_leaves_the_whole_record_and_a_table(
     assert again is not None and again["test_looks"] == 2 and again["accuracy"] == figures[0]["accuracy"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_image_folder_trains_with_balanced_weights_and_is_refused_once_it_has_changed(
     pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_an_image_folder_trains_with_balanced_weights_and_is_refused_once_it_has
     assert test_log is not None and test_log["test_looks"] == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_bad_image_is_named_and_skipped_only_by_choice(
     pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -279,6 +281,7 @@ def test_data_check_finds_a_planted_twin_and_draws_it(
     assert sheet.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_test_time_augmentation_is_an_option_of_run_and_test(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -325,6 +328,7 @@ def test_weights_are_asked_for_before_images(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_ends_cleanly_and_says_where_the_run_is(number: int, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cifarlab", "run", "ex1", "--dataset", "digits", "--runs", str(tmp_path)]
+    command += ["--set", "data.limit=300", "--set", "train.epochs=1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         logs = list(tmp_path.rglob("train.json"))
@@ -373,6 +377,7 @@ def test_folders_that_are_no_dataset_are_refused_with_exit_code_3(
     assert code == 3 and sentence in err and err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_loss_that_diverges_is_exit_code_4_and_what_finished_before_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -399,8 +404,9 @@ def test_a_loss_that_diverges_is_exit_code_4_and_what_finished_before_is_shown(
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as a shell makes them")
 def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path: Path) -> None:
-    run = f"{sys.executable} -m cifarlab run ex1 --dataset digits --runs {tmp_path} --set train.epochs=1"
-    subprocess.run(f"{run} | head -n 1", shell=True, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    run = f"{sys.executable} -m cifarlab run ex1 --dataset digits --runs {tmp_path}"
+    short = "--set train.epochs=1 --set data.limit=300"
+    subprocess.run(f"{run} {short} | head -n 1", shell=True, check=True, timeout=120, stdout=subprocess.DEVNULL)
     (log,) = tmp_path.rglob("train.json")
     assert json.loads(log.read_text())["status"] == "finished"
 

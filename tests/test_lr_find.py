@@ -149,7 +149,7 @@ def test_the_command_names_a_rate_and_draws(
 ) -> None:
     out = tmp_path / "new" / "curve.png"
     arguments: list[object] = ["lr-find", "ex1", "--dataset", "digits", "--set", "train.batch_size=64"]
-    arguments += ["--set", "optimizer.head_lr=0.01", "--steps", 30, "--out", out, "--data", tmp_path, "--device", "cpu"]
+    arguments += ["--set", "optimizer.head_lr=0.01", "--steps", 20, "--out", out, "--data", tmp_path, "--device", "cpu"]
     code, text, err = call(capsys, monkeypatch, *arguments)
     assert (code, err) == (0, "")
     assert "the loss falls fastest at a learning rate of " in text and f"picture: {out}" in text

@@ -207,8 +207,11 @@ def test_every_thread_of_a_prepared_process_does_the_same_arithmetic(environment
 
 
 @functools.cache
-def effects(without: str | None) -> tuple[dict[str, bool], dict[str, bool]]:
-    """What a process says it was prepared for, without a setting, and what can be seen of each."""
+def effects() -> dict[str, tuple[dict[str, bool], dict[str, bool]]]:
+    """What processes say they were prepared for, each without one setting ("": with all), and what can be seen of each.
+
+    They are started at the same time, as importing torch takes seconds.
+    """
     code = (
         "import json, os, resource, sys\n"
         "from pathlib import Path\n"
@@ -229,18 +232,27 @@ def effects(without: str | None) -> tuple[dict[str, bool], dict[str, bool]]:
         "print(json.dumps([said, seen]))"
     )
     free = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "GOMP_"))}
-    command = [sys.executable, "-c", code, *([without] if without else [])]
     free["OMP_DISPLAY_ENV"] = "verbose"  # it tells what it goes by
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=free)
-    said, seen = json.loads(done.stdout)
-    return said, seen | {"waits_bounded": "GOMP_SPINCOUNT = '10000'" in done.stderr}
+    started = {
+        without: subprocess.Popen(
+            [sys.executable, "-c", code, *([without] if without else [])],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=free,
+        )
+        for without in ("", *machine.SETTINGS)
+    }  # fmt: skip
+    found = {}
+    for without, process in started.items():
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        said, seen = json.loads(output)
+        found[without] = said, seen | {"waits_bounded": "GOMP_SPINCOUNT = '10000'" in errors}
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what was done is seen in /proc")
 @pytest.mark.parametrize("setting", machine.SETTINGS)
 def test_a_process_is_prepared_without_just_that_one(setting: str) -> None:
-    with_all_said, with_all_seen = effects(None)
-    said, seen = effects(setting)
+    (with_all_said, with_all_seen), (said, seen) = effects()[""], effects()[setting]
     gone = {"memory_kept", "huge_pages"} if setting == "memory_kept" else {setting}
     assert said == with_all_said | dict.fromkeys(gone, False)
     # The kernel may give huge pages to all or to none, a machine may have a single core: then there is less to see.
