@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from cifarlab import experiment, files, plots
+from cifarlab import experiment, files, flops, plots
 from cifarlab.data.dataset import Dataset, Images, UInt8Array
 from cifarlab.data.prepare import Prepared
 from cifarlab.recipe import Recipe, load_recipe
@@ -74,6 +76,19 @@ def without_pictures(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(plots, name, draw)
 
 
+# FLOPs of what was counted before, by what it is printed as, its input and what of it trains.
+COUNTED: dict[tuple[str, tuple[int, ...], tuple[bool, ...]], int] = {}
+_count = flops.per_image
+
+
+def _counted_once(module: nn.Module, shape: Sequence[int], trained: Sequence[bool] | None = None) -> int:
+    flags = trained if trained is not None else [parameter.requires_grad for parameter in module.parameters()]
+    kind = (repr(module), tuple(shape), tuple(flags))
+    if kind not in COUNTED:
+        COUNTED[kind] = _count(module, shape, trained)
+    return COUNTED[kind]
+
+
 def run(
     tmp_path: Path,
     *overrides: str,
@@ -85,6 +100,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> RunFolder:
     without_pictures(monkeypatch)
+    monkeypatch.setattr(flops, "per_image", _counted_once)  # counting takes longer than three steps
     found = dataset or make_dataset()
     monkeypatch.setattr(experiment, "load_dataset", lambda *_: found)
     return experiment.run_experiment(

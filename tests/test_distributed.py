@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from cifarlab import distributed, experiment
+from cifarlab import distributed, experiment, flops
 from cifarlab.batchnorm import running_statistics
 from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
@@ -72,6 +72,7 @@ def alone(runs: Path, overrides: list[str], images: int = 430) -> RunFolder:
         patch.setattr(experiment, "load", None)
         patch.setattr(experiment, "_git_state", None)
         without_pictures(patch)
+        patch.setattr(flops, "per_image", None)
         return RunFolder(Path(a_run(runs, overrides, None, images)))
 
 

@@ -17,7 +17,13 @@ from cifarlab.models.chain import chain, freeze
 from cifarlab.models.racing import WhiteningConv, racing
 from cifarlab.recipe import Recipe
 from cifarlab.recipe_sections import Model
-from short_runs import make_dataset, run, without_times
+from short_runs import COUNTED, make_dataset, run, without_times
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_counted_before() -> None:
+    COUNTED.clear()
+
 
 TRAIN = 160  # of the 200 images of `make_dataset`, with 0.2 for validation
 

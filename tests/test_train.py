@@ -202,7 +202,7 @@ def test_a_look_counts_even_if_its_picture_can_t_be_written(tmp_path: Path, monk
     def fail(*_: Any, **__: Any) -> None:
         raise StorageError("cannot write: the disk is full")
 
-    monkeypatch.setattr(plots, "confusion_matrix", fail)
+    monkeypatch.setattr("short_runs.without_pictures", lambda patch: patch.setattr(plots, "confusion_matrix", fail))
     with pytest.raises(StorageError):
         run(tmp_path, monkeypatch=monkeypatch)
     folder = RunFolder(next(tmp_path.rglob("train.json")).parent)
