@@ -97,9 +97,11 @@ def run(
     dataset: Dataset | None = None,
     profile: bool = False,
     histograms: bool = False,
+    pictures: bool = False,
     monkeypatch: pytest.MonkeyPatch,
 ) -> RunFolder:
-    without_pictures(monkeypatch)
+    if not pictures:
+        without_pictures(monkeypatch)
     monkeypatch.setattr(flops, "per_image", _counted_once)  # counting takes longer than three steps
     found = dataset or make_dataset()
     monkeypatch.setattr(experiment, "load_dataset", lambda *_: found)

@@ -722,7 +722,7 @@ def test_a_run_takes_classes_that_no_folder_could_have(tmp_path: Path, monkeypat
     names = [name for name in ODD_NAMES if name.isascii()][:4]
     dataset = dataclasses.replace(make_dataset(), classes=tuple(names))
     settings = ["train.epochs=1", "train.numerics=exact"]
-    folder = run(tmp_path / "runs", *settings, dataset=dataset, monkeypatch=monkeypatch)
+    folder = run(tmp_path / "runs", *settings, dataset=dataset, pictures=True, monkeypatch=monkeypatch)
     text = (folder.path / "test.json").read_bytes()
     assert b"\x1b" not in text and b"\0" not in text and b"two\\nlines" in text
     log = folder.test_log()
