@@ -13,8 +13,9 @@ demo: $(STAMP)
 	@echo "Pictures, record and checkpoints: $$(ls -d runs/ex1/digits/* | tail -n 1)"
 	@echo "All runs on one page: report.html"
 
+# Each file's tests stay in one process: they share what was run for them. More than four need much memory.
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check

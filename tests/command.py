@@ -13,7 +13,7 @@ def call(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
 ) -> tuple[int, str, str]:
     """Run a command in this process: its exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["cifarlab", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["/a/place/bin/cifarlab", *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main()

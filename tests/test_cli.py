@@ -181,6 +181,7 @@ def test_a_run_leaves_the_whole_record_and_a_table(
         assert (saved["logits"].argmax(1) == saved["labels"]).mean() == pytest.approx(test_log["accuracy"])
         environment = folder.environment()
         assert {"torch", "device", "threads", "git", "command", "data"} <= environment.keys()
+        assert environment["command"].startswith("cifarlab run ex1 --dataset digits --runs ")
         assert environment["data"]["images"] == {"train": 1295, "validation": 143, "test": 359}
     splits = [folder.environment()["data"]["index_hashes"] for folder in folders]
     assert splits[0]["test"] == splits[1]["test"] and splits[0]["validation"] != splits[1]["validation"]

@@ -207,6 +207,23 @@ def test_the_front_is_drawn_through_its_runs(opened: Browser) -> None:
     assert path.count("V") == 2 and path.startswith("M")
 
 
+def test_accuracies_that_most_runs_have_are_shown_first(browser: Browser, place: Path, tmp_path: Path) -> None:
+    def shown() -> list[str | None]:
+        return [chart.get_attribute("aria-label") for chart in browser.all("#fronts svg.chart")]
+
+    browser.size(1400)
+    browser.open(place / "page.html")
+    assert shown() == ["test accuracy on cifar10 by training time", "test accuracy on cifar100 by training time"]
+    for number in range(3):
+        make_run(tmp_path / str(number), count=10, pictures=False, epochs=2)
+        if number:  # as in a study, where the test set is scored for few runs
+            (tmp_path / str(number) / "test.json").unlink()
+    write(tmp_path, tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    assert shown() == ["validation accuracy on cifar10 by training time"]
+    assert browser.complaints() == []
+
+
 def test_reference_experiments_are_switched_on(opened: Browser) -> None:
     box = opened.one("#fronts .front:first-child input[type=checkbox]")
     box.click()

@@ -694,7 +694,7 @@ def _environment(
         if weights is None
         else {"source": weights.source, "path": str(weights.path), "sha256": weights.sha256},
         "git": _git_state(),
-        "command": shlex.join(sys.argv),
+        "command": _command(),
         "process": {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -707,6 +707,12 @@ def _environment(
             "resident": task.store.resident,
         },
     }
+
+
+def _command() -> str:
+    """As it was typed, and not where Python found the program."""
+    program = sys.argv[0]
+    return shlex.join(["cifarlab" if Path(program).name in ("cifarlab", "__main__.py") else program, *sys.argv[1:]])
 
 
 def _git_state() -> dict[str, Any] | None:

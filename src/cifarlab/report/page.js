@@ -231,10 +231,12 @@
     runs.forEach((run) => counts.set(run.name, (counts.get(run.name) ?? 0) + 1));
     const names = [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a));
     const references = data.references.datasets[dataset];
-    let which = runs.some((run) => known(run.accuracy)) ? "accuracy" : "val_accuracy";
+    // The test set is scored for few of a study's runs.
+    const having = (kind) => runs.filter((run) => known(run[kind])).length;
+    let which = having("val_accuracy") > having("accuracy") ? "val_accuracy" : "accuracy";
     let withReferences = false;
     const box = h("div");
-    const kinds = [["accuracy", "test"], ["val_accuracy", "validation"]].filter(([kind]) => runs.some((run) => known(run[kind])));
+    const kinds = [["accuracy", "test"], ["val_accuracy", "validation"]].filter(([kind]) => having(kind));
     if (!kinds.length) return;
     const keys = names.slice(0, 7).map((name, slot) => key(slot, name));
     if (names.length > 7) keys.push(key(7, `${names.length - 7} others`));
@@ -305,7 +307,7 @@
       const frame = axes(box, {
         height: 230, top: 26, left: 52, title, label: `${title} by epoch`,
         x: { domain, label: "epoch", format: (v) => (Number.isInteger(v) ? String(v) : ""), ticks: undefined },
-        y: { domain: range, log: isLog, format: axis ?? (isLog || small ? (v) => v.toExponential(0) : tick) },
+        y: { domain: range, log: isLog, format: axis ?? (isLog || small ? (v) => Number(v.toPrecision(2)).toExponential() : tick) },
       });
       const clip = `clip-${PANELS.findIndex((one) => one.title === title)}`;
       frame.svg.append(s("clipPath", { id: clip }, s("rect", { x: frame.left - 4, y: frame.top - 4, width: frame.right - frame.left + 8, height: frame.bottom - frame.top + 5 })));
