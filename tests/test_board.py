@@ -32,6 +32,7 @@ from cifarlab.build import make_task
 from cifarlab.data.batches import epoch_order
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import prepare
+from cifarlab.pace import BySteps
 from cifarlab.recipe import Recipe, flatten
 from cifarlab.rundir import RunFolder
 from cifarlab.train import StopRequest, Task, first_pictures, make_batches
@@ -162,14 +163,14 @@ def test_the_first_images_are_those_of_the_dataset_in_the_first_epoch_s_order() 
     plan, dataset = recipe("train.numerics=exact"), make_dataset()
     index = torch.from_numpy(prepare(dataset, plan.data, 0).train.index)
     order = epoch_order(index, 0, 0)[:32].numpy()  # a batch
-    assert (first_pictures(plan, task_of(plan, dataset), 18) == dataset.train.pixels[order]).all()
+    assert (first_pictures(plan, task_of(plan, dataset)) == dataset.train.pixels[order]).all()
 
 
 def test_they_are_in_the_file_once(ran: RunFolder) -> None:
     plan = ran.recipe()
     (event,) = events_of(ran.path).Images("images/train")
     assert event.step == 0 and (event.height, event.width) == (4 * 34, 8 * 34)
-    assert (cells(event.encoded_image_string) == first_pictures(plan, task_of(plan), 18)).all()
+    assert (cells(event.encoded_image_string) == first_pictures(plan, task_of(plan))).all()
 
 
 @pytest.mark.parametrize(
@@ -186,8 +187,8 @@ def test_they_are_what_the_first_step_trains_on(overrides: list[str]) -> None:
     plan = recipe("train.numerics=exact", *overrides)
     task = task_of(plan, make_dataset(train=500))
     assert task.store.resident == ("memory" not in str(overrides))
-    found = first_pictures(plan, task, 10)
-    inputs = next(make_batches(plan, task, 0, 10)).inputs
+    found = first_pictures(plan, task)
+    inputs = next(make_batches(plan, task, 0, BySteps(10))).inputs
     mean, std = (torch.tensor(task.description[name])[:, None, None] for name in ("mean", "std"))
     expected = ((inputs * std + mean) * 255)[: grid_size(*inputs.shape[2:])].clamp(0, 255)
     assert found.dtype == np.uint8 and found.shape == expected.shape

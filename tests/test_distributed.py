@@ -19,6 +19,7 @@ from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError
 from cifarlab.models.chain import set_mode
+from cifarlab.pace import BySteps
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
 from cifarlab.train import Backward, TrainingBatch, Whole, _seed_of, deal, make_batches
@@ -153,7 +154,7 @@ def test_batches_are_those_of_one_process(name: str, size: int, places: Callable
         places(rank, count)
         own = make_task(plan, prepared, CPU, None, lambda _: None) if task.network.frozen else task
         set_mode(own.network.model, plan.model.freeze_stages, backbone=False)
-        return list(itertools.islice(make_batches(plan, own, 0, 40), steps))
+        return list(itertools.islice(make_batches(plan, own, 0, BySteps(40)), steps))
 
     wholes = batches(0, 1)
     shares = list(zip(*(batches(rank, size) for rank in range(size)), strict=True))
@@ -196,7 +197,7 @@ def test_cached_images_always_come_to_the_same_process(places: Callable[[int, in
     set_mode(task.network.model, 2, backbone=False)
     frozen = task.network.frozen
     assert frozen is not None
-    batches = list(itertools.islice(make_batches(plan, task, 0, 40), 13))
+    batches = list(itertools.islice(make_batches(plan, task, 0, BySteps(40)), 13))
     owned = int((task.train % 2 == 1).sum())
     assert (frozen.computed, frozen.recalled > owned) == (owned, True)
     assert frozen.record()["bytes"] == owned * batches[0].inputs[0].nbytes  # and has no room for those of others

@@ -60,6 +60,7 @@ ORDER = (
     "evaluate",
     "flops",
     "pruning",
+    "pace",
     "budget",
     "train",
     "build",

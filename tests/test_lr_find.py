@@ -20,6 +20,7 @@ from cifarlab.data.prepare import prepare
 from cifarlab.errors import DivergedError, UsageError
 from cifarlab.lr_find import learning_rate_test, read_curve
 from cifarlab.models.chain import stage_ids
+from cifarlab.pace import BySteps
 from cifarlab.plots import learning_rate_curve
 from cifarlab.recipe import load_recipe
 from cifarlab.train import Task, make_batches
@@ -47,7 +48,7 @@ def test_the_curve_is_that_of_training_with_a_rate_that_rises_by_the_same_factor
     test = learning_rate_test(plan, task, low=1e-4, high=1e-1, steps=12, progress=lambda *all: told.append(all))
     rates = np.geomspace(1e-4, 1e-1, 12)
     losses, average = [], 0.0
-    batches = make_batches(plan, task, 0, 12)
+    batches = make_batches(plan, task, 0, BySteps(12))
     for step, rate in enumerate(rates):
         batch = next(batches)
         loss = F.cross_entropy(model(batch.inputs), batch.labels)

@@ -15,6 +15,7 @@ from cifarlab import build, train
 from cifarlab.data.batches import in_batches
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError
+from cifarlab.pace import BySteps
 from cifarlab.pruning import Pruned, Pruning
 from cifarlab.recipe_sections import Prune
 from cifarlab.train import EpochSums, TrainingBatch, make_batches
@@ -193,8 +194,8 @@ def test_an_epoch_that_is_begun_in_its_middle_goes_on_with_the_images_left() -> 
         pruning.record(torch.arange(len(task.store)), logits, torch.zeros(len(logits), dtype=torch.int64), 0.0)
         return pruning
 
-    whole = list(itertools.islice(make_batches(plan, task, 6, 100, taught()), 6))
-    rest = list(itertools.islice(make_batches(plan, task, 8, 100, taught()), 4))
+    whole = list(itertools.islice(make_batches(plan, task, 6, BySteps(100), taught()), 6))
+    rest = list(itertools.islice(make_batches(plan, task, 8, BySteps(100), taught()), 4))
     for one, other in zip(whole[2:], rest, strict=True):
         assert torch.equal(one.inputs, other.inputs) and one.weights is not None and other.weights is not None
         assert torch.equal(one.weights, other.weights)

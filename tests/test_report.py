@@ -24,6 +24,7 @@ from cifarlab import cli, examples, metrics
 from cifarlab.build import make_task
 from cifarlab.data.prepare import Part, Prepared, prepare
 from cifarlab.errors import CifarlabError, NotARunError
+from cifarlab.pace import BySteps
 from cifarlab.recipe import flatten, load_recipe, parse_yaml
 from cifarlab.report import page
 from cifarlab.report.data import PAGE, link, pareto, read_report, references, script_data
@@ -225,7 +226,7 @@ def test_pictures_are_those_of_the_test_set_as_stored() -> None:
 def test_augmented_pictures_are_what_training_sees_first(overrides: list[str]) -> None:
     recipe, prepared = of_recipe(*overrides, seed=5)
     task = make_task(recipe, prepared, CPU, None, lambda _: None)
-    first = next(make_batches(recipe, task, 0, 100))
+    first = next(make_batches(recipe, task, 0, BySteps(100)))
     mean, std = (torch.tensor(values)[:, None, None] for values in (prepared.mean, prepared.std))
     seen = ((first.inputs[:24] * std + mean) * 255).round().clamp(0, 255).byte().numpy()
     arrays = examples.of_run(recipe, prepared, np.eye(50, 4), prepared.test.labels, prepared.mean, prepared.std)

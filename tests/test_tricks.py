@@ -20,6 +20,7 @@ from cifarlab.data.prepare import prepare
 from cifarlab.evaluate import Classifier
 from cifarlab.models import build_model
 from cifarlab.numerics import exact
+from cifarlab.pace import BySteps
 from cifarlab.rundir import RunFolder
 from cifarlab.train import Backward, EpochSums, TrainingBatch, backward, make_batches, total_weight
 from short_runs import CPU, Quiet, make_dataset, normalised, recipe, run, without_times
@@ -483,12 +484,12 @@ def test_resolution_grows_at_the_shares_that_the_recipe_says(monkeypatch: pytest
         "augment.crop_padding=4",
     )
     task = build.make_task(plan, prepare(make_dataset(), plan.data, 0), CPU, None, lambda _: None)
-    batches = make_batches(plan, task, 0, 10)
+    batches = make_batches(plan, task, 0, BySteps(10))
     sides = [next(batches).inputs.shape[2:] for _ in range(12)]
     assert sides == [(16, 16)] * 3 + [(24, 24)] * 5 + [(32, 32)] * 4
     assert task.pipeline.output_size == (32, 32)
-    later = make_batches(plan, task, 8, 10)  # going on at step 8
-    ninth = next(itertools.islice(make_batches(plan, task, 0, 10), 8, None))
+    later = make_batches(plan, task, 8, BySteps(10))  # going on at step 8
+    ninth = next(itertools.islice(make_batches(plan, task, 0, BySteps(10)), 8, None))
     torch.testing.assert_close(next(later).inputs, ninth.inputs, atol=0, rtol=0)
 
 
@@ -498,7 +499,7 @@ def test_each_step_mixes_its_own_batch(alphas: tuple[float, float]) -> None:
     mixup, cutmix = alphas
     mixing = recipe("train.batch_size=60", f"loss.mixup={mixup}", f"loss.cutmix={cutmix}")
     task = build.make_task(plain, prepare(make_dataset(), plain.data, 0), CPU, None, lambda _: None)
-    batches = zip(make_batches(plain, task, 0, 5), make_batches(mixing, task, 0, 5), strict=False)
+    batches = zip(make_batches(plain, task, 0, BySteps(5)), make_batches(mixing, task, 0, BySteps(5)), strict=False)
     for step, (plain_batch, batch) in enumerate(itertools.islice(batches, 5)):
         mixed = mix(plain_batch.inputs, plain_batch.labels, mixup=mixup, cutmix=cutmix, seed=0, step=step)
         torch.testing.assert_close(batch.inputs, mixed.pixels, rtol=0, atol=0)

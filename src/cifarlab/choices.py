@@ -24,6 +24,7 @@ from cifarlab.errors import RunError
 from cifarlab.models import outline
 from cifarlab.models.chain import set_mode
 from cifarlab.models.weights import Weights
+from cifarlab.pace import BySteps
 from cifarlab.recipe import Recipe, make_recipe
 from cifarlab.recipe_sections import NumericsChoice
 from cifarlab.train import TrainingBatch, TrainingStep, make_batch
@@ -334,11 +335,11 @@ def measured_step(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     # What is cached is computed once a version in training, and so is not a part of most steps.
-    kept = make_batch(recipe, task, found, draws, 0, 1, 1) if frozen_batch or recipe.caches else None
+    kept = make_batch(recipe, task, found, draws, 0, BySteps(1), 1) if frozen_batch or recipe.caches else None
 
     def next_batch() -> TrainingBatch:
         task.network.numerics.activate(device)
-        return kept if kept is not None else make_batch(recipe, task, found, draws, 0, 1, 1)
+        return kept if kept is not None else make_batch(recipe, task, found, draws, 0, BySteps(1), 1)
 
     def run() -> Tensor:
         loss, _ = take_step(next_batch(), 0)

@@ -21,6 +21,8 @@ from cifarlab.features import CacheKey, FrozenStages
 from cifarlab.numerics import Numerics
 from cifarlab.seeds import derive_seed
 
+# The share of images that are unsure enough for a second look, where that is asked for; roughly.
+UNSURE = 0.35
 # `evaluate.tta`: none, mirrored as well, five places mirrored and not, three of them, or so many augmented versions.
 Tta = Literal["flip", "crops", "diagonal"] | int | None
 
@@ -147,6 +149,17 @@ def _predict(
                 outputs.append(network.logits(inputs)[:, : network.classes])
             logits.append(outputs[0] if tta is None else _log_mean_probability(outputs, [v.weight for v in views]))
     return torch.cat([part.cpu() for part in logits])
+
+
+def views_of(tta: Tta | Literal["auto"], below: float | None) -> float:
+    """How many views of an image test-time augmentation looks at, in the mean, where it is chosen and where it is used.
+
+    below: only of images whose most likely class has less than this probability, which is a guess at how many.
+    """
+    if tta is None:
+        return 0.0
+    views = tta if isinstance(tta, int) else {"flip": 2, "crops": 10, "diagonal": 6, "auto": 12}[tta]
+    return views * (1.0 if below is None else UNSURE)
 
 
 class _View(NamedTuple):

@@ -16,6 +16,7 @@ import numpy as np
 from cifarlab.errors import DivergedError, UsageError
 from cifarlab.models.chain import set_mode
 from cifarlab.optim import set_learning_rate
+from cifarlab.pace import BySteps
 from cifarlab.recipe import Recipe
 from cifarlab.schedule import Values
 from cifarlab.train import Task, TrainingStep, make_batches
@@ -61,7 +62,8 @@ def learning_rate_test(
     model = task.network.model
     take_step = TrainingStep(recipe, task, lambda _: None)
     set_mode(model, recipe.model.freeze_stages, backbone=False)
-    batches = make_batches(recipe, dataclasses.replace(task, pipelines=((0.0, task.pipelines[-1][1]),)), 0, steps)
+    at_its_end = dataclasses.replace(task, pipelines=((0.0, task.pipelines[-1][1]),))
+    batches = make_batches(recipe, at_its_end, 0, BySteps(steps))
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0

@@ -26,12 +26,13 @@ from cifarlab import distributed, files, machine
 from cifarlab.background import Writer
 from cifarlab.batchnorm import SyncBatchNorm, running_statistics
 from cifarlab.board import Board, grid_size
+from cifarlab.budget import Budget
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, epoch_order, in_batches
 from cifarlab.data.mixing import MixingDraws, draw_mixing, mix, mix_pairs
 from cifarlab.download import Report
 from cifarlab.errors import DivergedError, NotARunError, RunError
-from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
+from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, views_of, with_tta
 from cifarlab.features import CacheKey
 from cifarlab.flops import TrainingFlops
 from cifarlab.graphs import StepGraphs, Tensors
@@ -40,6 +41,7 @@ from cifarlab.models.chain import freeze, freeze_backbone, set_mode
 from cifarlab.models.racing import whitening_biases
 from cifarlab.models.weights import put_back
 from cifarlab.optim import ByGroups, build_optimizer, set_learning_rate
+from cifarlab.pace import ByClock, BySteps, Pace
 from cifarlab.pruning import Pruned, Pruning
 from cifarlab.recipe import Recipe
 from cifarlab.recipe_schedule import OneCycleSchedule
@@ -54,6 +56,9 @@ SETBACK = 0.5
 # On a GPU so many pixels are augmented at a time, for several steps where their batches are small: 2,048 images of
 # 32x32, which are 25 MB, and some times as much on the way.
 AUGMENTED_PIXELS = 2**21
+# Under a budget a device is waited for after so many steps, as it takes them later than it is told to; and after so
+# many the first evaluation is timed.
+WAIT_EVERY, TRIAL_LOOK_AFTER = 16, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,13 +279,15 @@ def train(
     setbacks: Sequence[dict[str, Any]] = (),
     profile: bool = False,
     histograms: bool = False,
+    budget: Budget | None = None,
 ) -> None:
     """Train to the end, or until `stop`; all that is worth knowing goes into the run folder.
 
     process_started: the `time.time()` that `wall_time` counts from. saved: the checkpoint to go on from; then logs go
     on from its step too, and what came after it in them is gone. setbacks: how often it went back because it diverged;
     each halves the learning rates. profile: also write down where a few steps spend
-    their time. histograms: also write those of the weights at the end of each epoch, for TensorBoard.
+    their time. histograms: also write those of the weights at the end of each epoch, for TensorBoard. budget: what is
+    left of it, and not `train.epochs`, which is what was planned, says when it ends.
     The model ends with the weights of best.pth.
     Raises DivergedError where the loss is no longer finite, StorageError where the run folder can't be written,
     NotARunError where `saved` does not fit the network or the optimizer.
@@ -313,7 +320,7 @@ def train(
     if saved is not None:
         _restore(saved, task, take_step, pruning, run)
         step = saved_step = saved["step"]
-        if step > total_steps:
+        if step > total_steps and budget is None:
             raise NotARunError(
                 f"the checkpoint of step {step} of {run.path} does not fit: it trains {total_steps} steps"
             )
@@ -326,6 +333,14 @@ def train(
         same = len(setbacks) == len(saved["setbacks"]) and saved["made_on"] == task.description["made_on"]
         best = distributed.from_first(partial(_best_so_far, saved, task, run, display.report, same=same))
     first_step = step
+    pace: Pace = BySteps(total_steps)
+    if budget is not None:
+        pixels = [(share, math.prod(pipeline.output_size)) for share, pipeline in task.pipelines]
+        share = saved["share"] if saved is not None else 0.0
+        pace = ByClock(total_steps, budget.for_steps, pixels, first_step=step, share=share)
+        budget.looks_after = budget.looks_on_test + _looks_after(recipe, task)
+    looked_at = clock.seconds
+    counted, counted_at = step, time.perf_counter()  # by the pace
     machine.reset_peak_memory(task.device)
     log: dict[str, Any] = {
         "status": "running",
@@ -359,6 +374,8 @@ def train(
         log["flops_per_second"] = done / clock.seconds if done is not None and clock.seconds else None
         log["peak_memory"] = machine.peak_memory(task.device)
         log["frozen_stages"] = _of_all_frozen(network)
+        if budget is not None:
+            log["budget"] = budget.record() | {"steps": step, "steps_planned": total_steps}
         return copy.deepcopy(log)
 
     def save(name: str, module: nn.Module, **state: Any) -> None:
@@ -394,8 +411,17 @@ def train(
             accumulate=take_step.accumulate,
             pruning=pruning.state() if pruning is not None else None,
             frozen=_of_all_frozen(network),
+            share=pace.position(step) / total_steps,
         )
         on_disk(partial(run.keep_latest, section.keep))
+
+    def count_steps() -> None:
+        """Tell the pace what the steps since the last time took."""
+        nonlocal counted
+        if step > counted:
+            machine.synchronize(task.device)
+            pace.took(time.perf_counter() - counted_at, step - counted)
+            counted = step
 
     def on_disk(work: Callable[[], object]) -> None:
         if distributed.is_first():
@@ -409,13 +435,15 @@ def train(
         return {name: copied.numpy() for name, copied in copies.items()}
 
     board = Board(run.path)
-    pictures = first_pictures(recipe, task, total_steps) if distributed.is_first() else None
+    pictures = first_pictures(recipe, task) if distributed.is_first() else None
     votes = distributed.Votes()
-    freeze_backbone(model, stages, frozen=step < thaw_step)
-    set_mode(model, stages, backbone=step < thaw_step)
-    if saved is not None and network.frozen is not None and saved["frozen"] is not None:
-        _recall(recipe, task, step, total_steps, saved["frozen"])
-    batches = make_batches(recipe, task, step, total_steps, pruning)
+    thawed = pace.position(step) >= thaw_step
+    freeze_backbone(model, stages, frozen=not thawed)
+    set_mode(model, stages, backbone=not thawed)
+    # (Under a budget what was remembered is computed again as it is wanted: bits aren't promised, and time is short.)
+    if saved is not None and network.frozen is not None and saved["frozen"] is not None and budget is None:
+        _recall(recipe, task, step, pace, saved["frozen"])
+    batches = make_batches(recipe, task, step, pace, pruning)
     began = time.perf_counter()
     with (
         Writer() as writer,
@@ -425,7 +453,7 @@ def train(
         on_disk(
             partial(
                 board.begin,
-                [(entry, min(entry["epoch"] * steps_per_epoch, total_steps)) for entry in epochs],
+                [(entry, min(entry["epoch"] * steps_per_epoch, step)) for entry in epochs],
                 recipe=recipe,
                 images=pictures,
                 histograms=histograms,
@@ -435,12 +463,24 @@ def train(
         on_disk(partial(run.keep_latest, section.keep))  # a kill may have come before that
         while True:
             # Evaluate, at the end of an epoch and of the run.
-            if sums.images and (step % steps_per_epoch == 0 or step == total_steps):
+            if budget is not None and step % steps_per_epoch == 0:
+                count_steps()
+            over = pace.over(step)
+            if sums.images and (step % steps_per_epoch == 0 or over):
                 clock.stop()
                 _refuse_bad_loss(sums, steps_per_epoch, run)
                 train_loss, train_accuracy = sums.of_all().means()
-                val_loss, val_accuracy = _validate(network, task, recipe)
-                ema_val_loss, ema_val_accuracy = _validate(average.network if average else None, task, recipe)
+                val_loss = val_accuracy = ema_val_loss = ema_val_accuracy = None
+                networks = [network, *([average.network] if average else [])]
+                looks = len(task.validation) * len(networks) if task.validation is not None else 0
+                since = clock.seconds - looked_at
+                if budget is None or over or section.early_stopping or budget.allows_look(looks, since):
+                    began_look = time.perf_counter()
+                    val_loss, val_accuracy = _validate(network, task, recipe)
+                    ema_val_loss, ema_val_accuracy = _validate(average.network if average else None, task, recipe)
+                    looked_at = clock.seconds
+                    if budget is not None:
+                        budget.looked(looks, time.perf_counter() - began_look)
                 entry = {
                     "epoch": len(epochs) + 1,
                     "train_loss": train_loss,
@@ -455,7 +495,7 @@ def train(
                 # What is decided by it, all must decide alike, to the last bit.
                 entry = distributed.from_first(partial(copy.copy, entry))
                 epochs.append(entry)
-                candidate = _candidate(entry, last=step == total_steps, averaged=average is not None)
+                candidate = _candidate(entry, last=over, averaged=average is not None)
                 if candidate is not None and (task.validation is None or _is_better(candidate, best)):
                     best = candidate
                     save("best.pth", average.network.model if average and best["weights"] == "ema" else model, **best)
@@ -464,6 +504,7 @@ def train(
                 display.epoch(entry, section.epochs)
                 epoch_began = clock.seconds
                 sums = EpochSums(task.device)
+                pace.renew()
 
             # Save.
             late = _is_late(recipe, clock.seconds - saved_at)
@@ -471,7 +512,8 @@ def train(
             name = _checkpoint_due(recipe, step, saved_step, total_steps, steps_per_epoch, late=late)
             if name:
                 save_to_go_on(name)
-            if step == total_steps:
+                pace.renew()
+            if over:
                 break
             if best and section.early_stopping and len(epochs) - best["epoch"] >= section.early_stopping:
                 log["stopped_early"] = True
@@ -487,17 +529,21 @@ def train(
 
             # Step.
             clock.start()
-            if step == thaw_step > 0:
+            if counted == step:
+                counted_at = time.perf_counter()
+            position = pace.position(step)
+            if not thawed and position >= thaw_step:
+                thawed = True
                 freeze_backbone(model, stages, frozen=False)
                 set_mode(model, stages, backbone=False)
-            if (more := recipe.model.frozen_stages(step / total_steps)) > stages:
+            if (more := recipe.model.frozen_stages(position / total_steps)) > stages:
                 stages = more
                 freeze(model, stages)
-                set_mode(model, stages, backbone=step < thaw_step)
+                set_mode(model, stages, backbone=not thawed)
             batch = next(batches)
             values = schedule_values(
                 schedule,
-                share=step / total_steps,
+                share=position / total_steps,
                 epoch=step / steps_per_epoch,
                 epochs=section.epochs,
                 warmup_share=warmup_share,
@@ -506,7 +552,7 @@ def train(
             values = values._replace(lr=values.lr * SETBACK ** len(setbacks))
             fading = None
             if fade_steps is not None:
-                fading = (1 - step / fade_steps) * SETBACK ** len(setbacks) if step < fade_steps else 0.0
+                fading = (1 - position / fade_steps) * SETBACK ** len(setbacks) if position < fade_steps else 0.0
             if fading == 0.0:
                 for bias in biases:  # nothing is left to be computed for the first layer
                     bias.requires_grad_(False)
@@ -527,6 +573,14 @@ def train(
                 flops.add(batch.inputs.shape, batch.computed)
             profiled()
 
+            if budget is not None and (task.device.type == "cpu" or step % WAIT_EVERY == 0):
+                count_steps()
+                if budget.per_look is None and step - first_step >= TRIAL_LOOK_AFTER:
+                    clock.stop()
+                    budget.looked(*_trial_look(network, task, recipe))
+                    pace.renew()
+                    clock.start()
+
             # Log.
             if display.due():
                 if distributed.place().size == 1:  # the others don't look now, and all must stop at the same step
@@ -534,14 +588,18 @@ def train(
                 mean_loss, accuracy = sums.means()
                 display.progress(
                     Progress(
-                        step=step,
+                        step=round(pace.position(step)),
                         total_steps=total_steps,
                         epoch=len(epochs) + 1,
                         epochs=section.epochs,
                         loss=mean_loss,
                         accuracy=accuracy,
                         images_per_second=sums.images / (clock.seconds - epoch_began),
-                        seconds_left=(time.perf_counter() - began) / (step - first_step) * (total_steps - step),
+                        seconds_left=(
+                            budget.left()
+                            if budget is not None
+                            else (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
+                        ),
                     )
                 )
     votes.result()
@@ -558,10 +616,11 @@ def train(
         raise NotARunError(f"{run.path / 'best.pth'} does not fit the recipe's network: {error}") from error
     if task.validation is not None and task.train_sample is not None:
         validation = validate(network, task, recipe)
-        sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch)
         if distributed.is_first():
             run.write_predictions("validation_predictions.npz", **validation.arrays())
-        log["overfitting_gap"] = sample.accuracy() - validation.accuracy()
+        if budget is None or budget.allows(len(task.train_sample), budget.looks_on_test):
+            sample = predict(network, task.store, task.train_sample, task.pipeline, recipe.evaluate.batch)
+            log["overfitting_gap"] = sample.accuracy() - validation.accuracy()
         if recipe.evaluate.tta is not None:
             log["tta"] = choose_tta(
                 recipe.evaluate.tta,
@@ -576,6 +635,24 @@ def train(
     whole_log = log_so_far("finished")
     if distributed.is_first():
         run.write_train_log(whole_log)
+
+
+def _looks_after(recipe: Recipe, task: Task) -> int:
+    """How many images the end of training evaluates, each view of one counted."""
+    if task.validation is None or task.train_sample is None:
+        return 0
+    networks = 1 if task.average is None else 2
+    views = views_of(recipe.evaluate.tta, recipe.evaluate.tta_below)
+    return round(len(task.validation) * (networks + 1 + views)) + len(task.train_sample)
+
+
+def _trial_look(network: Classifier, task: Task, recipe: Recipe) -> tuple[int, float]:
+    """How many images were evaluated for the time it takes, and the seconds: one batch's."""
+    samples = task.train[: recipe.evaluate.batch]
+    began = time.perf_counter()
+    predict(network, task.store, samples, task.pipeline, recipe.evaluate.batch)
+    machine.synchronize(task.device)
+    return len(samples), time.perf_counter() - began
 
 
 def _of_all_frozen(network: Classifier) -> dict[str, int] | None:
@@ -642,7 +719,7 @@ def _best_so_far(
         return None
 
 
-def _recall(recipe: Recipe, task: Task, step: int, total_steps: int, record: dict[str, int]) -> None:
+def _recall(recipe: Recipe, task: Task, step: int, pace: Pace, record: dict[str, int]) -> None:
     """Have the frozen stages compute again what a run that goes on at `step` would remember, in the same batches.
 
     So that it is the same to the last bit, whatever a processor makes of images in other company.
@@ -651,9 +728,9 @@ def _recall(recipe: Recipe, task: Task, step: int, total_steps: int, record: dic
     assert frozen is not None
     assert cycle is not None  # else nothing would be remembered
     steps_per_epoch = len(in_batches(task.train, recipe.train.batch))
-    pipeline = _pipeline_at(task, step, total_steps)
-    first = next(number for number in range(step + 1) if _pipeline_at(task, number, total_steps) is pipeline)
-    batches = make_batches(recipe, task, first, total_steps)
+    pipeline = _pipeline_at(task, step, pace)
+    first = next(number for number in range(step + 1) if _pipeline_at(task, number, pace) is pipeline)
+    batches = make_batches(recipe, task, first, pace)
     all_seen = (math.ceil(first / steps_per_epoch) + cycle) * steps_per_epoch  # each version of each image has come
     for _ in range(first, min(step, all_seen)):
         next(batches)
@@ -675,7 +752,7 @@ def mark(run: RunFolder, status: Literal["stopped", "failed"], reason: str | Non
 
 
 def make_batches(
-    recipe: Recipe, task: Task, step: int, total_steps: int, pruning: Pruning | None = None
+    recipe: Recipe, task: Task, step: int, pace: Pace, pruning: Pruning | None = None
 ) -> Iterator[TrainingBatch]:
     """What each step trains on, from `step` on, without end: images augmented and mixed, frozen stages behind them.
 
@@ -685,28 +762,29 @@ def make_batches(
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         order = epoch_order(task.train, recipe.seed, epoch)
-        pruned = pruning.epoch(order, epoch, steps=steps_per_epoch, share=step / total_steps) if pruning else None
+        share_done = pace.position(step) / pace.total_steps
+        pruned = pruning.epoch(order, epoch, steps=steps_per_epoch, share=share_done) if pruning else None
         whole = in_batches(order, recipe.train.batch) if pruned is None else pruned.batches
         dealt = [deal(recipe, task, samples, number) for number, samples in enumerate(whole[done:], step)]
         parts = [share.wanted for share in dealt]
         draws = task.pipeline.draw(recipe.seed, epoch, len(task.store))
-        groups = _augmented_together(task, parts, step, total_steps)
+        groups = _augmented_together(task, parts, step, pace)
         of_step = iter(dealt)
         for group, together in zip(groups, task.store.in_parts([torch.cat(group) for group in groups]), strict=True):
             pixels: Sequence[Tensor | None] = [None]
             if len(group) > 1:
-                pipeline = _pipeline_at(task, step, total_steps)
+                pipeline = _pipeline_at(task, step, pace)
                 images = pipeline.train(together.pixels, together.samples, draws)
                 pixels = torch.split(images, [len(part) for part in group])
             for found, augmented in zip(_apart(together, group), pixels, strict=True):
                 share = next(of_step)
-                batch = make_batch(recipe, task, found, draws, step, total_steps, steps_per_epoch, augmented, share)
+                batch = make_batch(recipe, task, found, draws, step, pace, steps_per_epoch, augmented, share)
                 if pruning is not None:
                     own = found.samples[: len(batch.labels)]
                     weights = machine.upload(pruned.weights[own], task.device) if pruned else None
                     batch = batch._replace(samples=own, weights=weights)
                 if distributed.place().size > 1:
-                    size = _pipeline_at(task, step, total_steps).output_size
+                    size = _pipeline_at(task, step, pace).output_size
                     batch = batch._replace(whole=_whole(recipe, task, share, size, step, pruned))
                 yield batch
                 step += 1
@@ -777,12 +855,12 @@ def _whole(recipe: Recipe, task: Task, share: Dealt, size: tuple[int, int], step
     return Whole(len(labels), total_weight(batch, task.class_weights), share.parts, counts)
 
 
-def first_pictures(recipe: Recipe, task: Task, total_steps: int) -> NDArray[np.uint8]:
+def first_pictures(recipe: Recipe, task: Task) -> NDArray[np.uint8]:
     """The first images of the first step, augmented and mixed, as many as a grid has: uint8 (N, 3, H, W).
 
     Functions of the recipe and the images, so they are the same whenever the run goes on, in however many processes.
     """
-    pipeline = _pipeline_at(task, 0, total_steps)
+    _, pipeline = task.pipelines[0]
     samples = in_batches(epoch_order(task.train, recipe.seed, 0), recipe.train.batch)[0]
     rows = torch.arange(min(len(samples), grid_size(*pipeline.output_size)))
     mixing = None
@@ -798,11 +876,12 @@ def first_pictures(recipe: Recipe, task: Task, total_steps: int) -> NDArray[np.u
     return pipeline.shown(images).cpu().numpy()
 
 
-def _pipeline_at(task: Task, step: int, total_steps: int) -> Pipeline:
-    return next(pipeline for share, pipeline in reversed(task.pipelines) if step >= share * total_steps)
+def _pipeline_at(task: Task, step: int, pace: Pace) -> Pipeline:
+    position = pace.position(step)
+    return next(pipeline for share, pipeline in reversed(task.pipelines) if position >= share * pace.total_steps)
 
 
-def _augmented_together(task: Task, parts: Sequence[Tensor], step: int, total_steps: int) -> list[list[Tensor]]:
+def _augmented_together(task: Task, parts: Sequence[Tensor], step: int, pace: Pace) -> list[list[Tensor]]:
     """The parts of an epoch from `step` on, in groups whose images are augmented at a time.
 
     On a GPU a small batch's augmentation takes longer to launch than to compute, as often as it is launched. What
@@ -813,7 +892,7 @@ def _augmented_together(task: Task, parts: Sequence[Tensor], step: int, total_st
     groups: list[list[Tensor]] = []
     before, room = None, 0
     for number, part in enumerate(parts, step):
-        pipeline = _pipeline_at(task, number, total_steps)
+        pipeline = _pipeline_at(task, number, pace)
         if pipeline is not before or len(part) > room:
             groups.append([])
             room = AUGMENTED_PIXELS // math.prod(pipeline.output_size)
@@ -835,14 +914,14 @@ def make_batch(
     found: Batch,
     draws: Draws,
     step: int,
-    total_steps: int,
+    pace: Pace,
     steps_per_epoch: int,
     augmented: Tensor | None = None,
     share: Dealt | None = None,
 ) -> TrainingBatch:
     """What a step trains on, of the images that it found. draws: those of the step's epoch. augmented: those images, if
     that is done already. share: which of a batch's they are; None: all."""
-    pipeline = _pipeline_at(task, step, total_steps)
+    pipeline = _pipeline_at(task, step, pace)
     if (frozen := task.network.frozen) is not None:
         cycle = recipe.augment.cycle
         assert cycle is not None  # else nothing comes again, and frozen stages are not apart
@@ -853,7 +932,7 @@ def make_batch(
             partial(pipeline.train, found.pixels, found.samples, draws),
             found.samples,
             None if undivided else CacheKey("train", pipeline.output_size[0], step // steps_per_epoch % cycle),
-            keep=again < total_steps and _pipeline_at(task, again, total_steps) is pipeline,
+            keep=pace.position(again) < pace.total_steps and _pipeline_at(task, again, pace) is pipeline,
             images=len(task.store),
             rows=_owned(task),
         )
