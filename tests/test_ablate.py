@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from cifarlab.ablate import Conduct, Conductor, Task, merged, open_or_create, plan_study
-from cifarlab.cli.ablate import check_name, parse_time
+from cifarlab.cli.ablate import check_name
+from cifarlab.cli.common import parse_time
 from cifarlab.errors import DataError, RunError, UsageError
 from cifarlab.factors import parse_factor
 from cifarlab.recipe import load_recipe, make_recipe

@@ -65,6 +65,7 @@ ORDER = (
     "train",
     "build",
     "choices",
+    "fit",
     "examples",
     "lr_find",
     "predict",

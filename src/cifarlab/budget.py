@@ -7,21 +7,29 @@ that takes is foreseen from what evaluation took so far, and from what writing t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cifarlab import remembered
+from cifarlab.errors import UsageError
+from cifarlab.recipe import Recipe
+from cifarlab.recipe_base import Duration
+from cifarlab.recipe_schedule import CosineSchedule
 
+# A warm-up, or a head that trains alone, is at most such a share of a run.
+BEGINNING = 0.1
+# Schedules whose rate doesn't come to its end with the run.
+ENDLESS = frozenset({"constant", "step", "multistep", "exponential", "plateau"})
 # Of the time for training, what validation in its course may take.
 LOOKS = 0.1
-# Seconds that pictures, page and the end of the process take where no run has ended yet.
-FINISHING = 8.0
+# Seconds that pictures, page and table take where no run has ended yet; and that the end of the process takes.
+FINISHING, LEAVING = 5.0, 0.7
 # A run is taken to have kept to its budget within this share of it, or so many seconds.
 TOLERANCE_SHARE, TOLERANCE_SECONDS = 0.03, 2.0
 
 
 class Budget:
-    """seconds: of the whole run, from `began` on, a `time.time()`.
+    """seconds: of the whole run, from `began` on, a `time.time()`. now: the clock that all of it goes by.
 
     looks_after: how many images are evaluated once the last step is taken, each view of one counted; looks_on_test:
     those of them that are test images.
@@ -42,10 +50,10 @@ class Budget:
         self.looks_after = self.looks_on_test = 0
         self.finishing = finishing
         self.per_look: float | None = None
-        self._began, self._now = began, now
+        self._began, self.now = began, now
 
     def spent(self) -> float:
-        return self._now() - self._began
+        return self.now() - self._began
 
     def left(self) -> float:
         return self.seconds - self.spent()
@@ -68,11 +76,28 @@ class Budget:
 
     def allows(self, images: int, needed: int) -> bool:
         """Whether there is time to evaluate so many more, besides those that are needed."""
-        return (images + needed) * (self.per_look or 0.0) + self.finishing <= self.left()
+        needed_seconds = (images + needed) * (self.per_look or 0.0) + self.finishing
+        return needed_seconds <= self.left() + tolerance(self.seconds) / 2
 
     def record(self) -> dict[str, Any]:
         """For train.json: what was planned, and the seconds that are spent."""
         return {"seconds": self.seconds, "planned": self.planned, "spent": self.spent()}
+
+
+def fit_to_be_timed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with what a budget changes, but its length: numerics by measurement, and a schedule that ends with it.
+
+    overrides: `--set`'s, which stay as they are. Raises UsageError where they say how long it is.
+    """
+    said = {override.partition("=")[0].strip() for override in overrides}
+    if "train.epochs" in said:
+        raise UsageError("--set train.epochs and --budget both say how long a run is: give one of them")
+    if not any(key == "train.numerics" or key.startswith("train.numerics.") for key in said):
+        recipe = recipe.with_train(numerics="auto")
+    if not any(key.split(".")[0] == "schedule" for key in said) and recipe.schedule.name in ENDLESS:
+        cosine = CosineSchedule(name="cosine", warmup=Duration(share=BEGINNING / 2))
+        recipe = recipe.model_copy(update={"schedule": cosine})
+    return recipe
 
 
 def tolerance(seconds: float) -> float:
@@ -83,7 +108,7 @@ def tolerance(seconds: float) -> float:
 def finishing_here(key: dict[str, Any]) -> float:
     """Seconds that the end of a run takes here, from earlier ones."""
     found = remembered.recall({**key, "what": "finishing"})
-    return float(found) if isinstance(found, int | float) and 0 <= found < 600 else FINISHING
+    return (float(found) if isinstance(found, int | float) and 0 <= found < 600 else FINISHING) + LEAVING
 
 
 def remember_finishing(key: dict[str, Any], seconds: float) -> None:

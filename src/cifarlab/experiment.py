@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shlex
 import socket
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cifarlab import __version__, distributed, examples, files, machine, metrics, numerics, plots
 from cifarlab.board import Board
+from cifarlab.budget import Budget, finishing_here
 from cifarlab.build import make_model, make_pipeline, make_store, make_task, numerics_of
 from cifarlab.choices import Decided, decide, with_evaluation_batch
 from cifarlab.data.batches import ImageStore, reader_died
@@ -28,8 +30,9 @@ from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
 from cifarlab.download import Report
-from cifarlab.errors import DivergedError, NotARunError, RecipeError, RunError
+from cifarlab.errors import DivergedError, NotARunError, RecipeError, RunError, UsageError
 from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
+from cifarlab.fit import fitted, looks_on_test
 from cifarlab.models import outline
 from cifarlab.models.chain import freeze
 from cifarlab.models.weights import Weights, find_weights, normalisation, put_back
@@ -85,19 +88,26 @@ def run_experiment(
     report: Report,
     profile: bool = False,
     histograms: bool = False,
+    budget: float | None = None,
 ) -> RunFolder:
     """Run a resolved recipe (one dataset, one seed) and return its run folder.
 
     Where several processes train together, each of them calls this, and the first one writes.
     process_started: the `time.time()` that wall and total time count from. Where the run is stopped, train.json says
-    so and the test set is left alone. profile, histograms: as `train` takes them. Raises what preparing, training and
+    so and the test set is left alone. profile, histograms: as `train` takes them. budget: seconds that all of it may
+    take, which `train.epochs` is made to fit. Raises what preparing, training and
     writing raise; once there is a run folder, its train.json then says "failed", or holds the `error` if training had
     finished.
     """
     asked = recipe.fingerprint()
+    if budget is not None and distributed.place().size > 1:
+        raise UsageError("--budget is for one process: give the recipe's train.epochs under torchrun")
     prepared, weights, decided = get_ready(recipe, dataset, device, report)
     recipe = decided.recipe
+    limit = _budget(budget, device, process_started)
     with explained(recipe):
+        if limit is not None:
+            recipe = fitted(recipe, prepared, device, weights, limit, report)
         task = _make_task(recipe, prepared, device, weights, report)
         path = distributed.from_first(lambda: str(RunFolder.create(runs, recipe, datetime.now()).path))
         run = RunFolder(Path(path))
@@ -105,7 +115,7 @@ def run_experiment(
             report(f"run folder: {run.path}")
             with _ending_said(run, report):
                 environment = _environment(dataset, prepared, device, task, weights, decided, asked)
-                environment["histograms"] = histograms  # for who goes on with it
+                environment |= {"histograms": histograms, "budget": budget}  # for who goes on with it
                 distributed.from_first(lambda: run.write_environment(environment))
                 tasks = [task]
                 del task
@@ -113,6 +123,7 @@ def run_experiment(
                     *(recipe, prepared, weights, tasks, run, display, stop, process_started, report),
                     profile=profile,
                     histograms=histograms,
+                    budget=limit,
                 )
                 _finish(run, recipe, prepared, device, process_started)
     return run
@@ -174,10 +185,15 @@ def resume_experiment(
                 if not trained:
                     tasks = [task]
                     del task
+                    limit = _budget(_seconds_of(started), device, process_started)
+                    if limit is not None:
+                        limit.looks_on_test = looks_on_test(recipe, prepared)
+                        report(f"{max(0.0, limit.left()):.0f} of its {limit.seconds:.0f} s are left; not bit for bit")
                     _train(
                         *(recipe, prepared, weights, tasks, run, display, stop, process_started, report),
                         saved=saved,
                         histograms=started.get("histograms") is True,
+                        budget=limit,
                     )
                 else:  # what came after training was interrupted; its reason is past
                     distributed.from_first(lambda: _forget_error(run))
@@ -243,6 +259,7 @@ def _train(
     saved: dict[str, Any] | None = None,
     profile: bool = False,
     histograms: bool = False,
+    budget: Budget | None = None,
 ) -> None:
     """`train`, and where that diverges again from the last checkpoint with lower rates, as often as the recipe says.
 
@@ -259,6 +276,7 @@ def _train(
                 setbacks=setbacks,
                 profile=profile,
                 histograms=histograms,
+                budget=budget,
             )
         except DivergedError as error:
             if len(setbacks) >= recipe.train.retries:
@@ -275,6 +293,21 @@ def _train(
         factor = SETBACK ** len(setbacks)
         report(f"{reason}: going on from step {step} with {factor:g} of the learning rates")
         tasks.append(_make_task(recipe, prepared, device, weights, report))
+
+
+def _budget(seconds: float | None, device: torch.device, began: float) -> Budget | None:
+    if seconds is None:
+        return None
+    # The end of a run needs them: what importing them takes is known before training then.
+    for name in ("sklearn.metrics", "matplotlib.backends.backend_agg", "cifarlab.report.page"):
+        importlib.import_module(name)
+    return Budget(seconds, began, finishing=finishing_here(machine.identity(device)))
+
+
+def _seconds_of(environment: dict[str, Any]) -> float | None:
+    """The budget that a run was begun with."""
+    found = environment.get("budget")
+    return float(found) if isinstance(found, int | float) and 0 < found < 1e9 else None
 
 
 def _go_back(run: RunFolder, report: Report) -> dict[str, Any] | None:

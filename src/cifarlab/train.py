@@ -340,7 +340,7 @@ def train(
         pace = ByClock(total_steps, budget.for_steps, pixels, first_step=step, share=share)
         budget.looks_after = budget.looks_on_test + _looks_after(recipe, task)
     looked_at = clock.seconds
-    counted, counted_at = step, time.perf_counter()  # by the pace
+    counted, counted_at = step, 0.0  # by the pace
     machine.reset_peak_memory(task.device)
     log: dict[str, Any] = {
         "status": "running",
@@ -418,9 +418,9 @@ def train(
     def count_steps() -> None:
         """Tell the pace what the steps since the last time took."""
         nonlocal counted
-        if step > counted:
+        if budget is not None and step > counted:
             machine.synchronize(task.device)
-            pace.took(time.perf_counter() - counted_at, step - counted)
+            pace.took(budget.now() - counted_at, step - counted)
             counted = step
 
     def on_disk(work: Callable[[], object]) -> None:
@@ -463,7 +463,7 @@ def train(
         on_disk(partial(run.keep_latest, section.keep))  # a kill may have come before that
         while True:
             # Evaluate, at the end of an epoch and of the run.
-            if budget is not None and step % steps_per_epoch == 0:
+            if step % steps_per_epoch == 0:
                 count_steps()
             over = pace.over(step)
             if sums.images and (step % steps_per_epoch == 0 or over):
@@ -475,12 +475,12 @@ def train(
                 looks = len(task.validation) * len(networks) if task.validation is not None else 0
                 since = clock.seconds - looked_at
                 if budget is None or over or section.early_stopping or budget.allows_look(looks, since):
-                    began_look = time.perf_counter()
+                    began_look = budget.now() if budget is not None else 0.0
                     val_loss, val_accuracy = _validate(network, task, recipe)
                     ema_val_loss, ema_val_accuracy = _validate(average.network if average else None, task, recipe)
                     looked_at = clock.seconds
                     if budget is not None:
-                        budget.looked(looks, time.perf_counter() - began_look)
+                        budget.looked(looks, budget.now() - began_look)
                 entry = {
                     "epoch": len(epochs) + 1,
                     "train_loss": train_loss,
@@ -529,8 +529,8 @@ def train(
 
             # Step.
             clock.start()
-            if counted == step:
-                counted_at = time.perf_counter()
+            if budget is not None and counted == step:
+                counted_at = budget.now()
             position = pace.position(step)
             if not thawed and position >= thaw_step:
                 thawed = True
@@ -577,7 +577,7 @@ def train(
                 count_steps()
                 if budget.per_look is None and step - first_step >= TRIAL_LOOK_AFTER:
                     clock.stop()
-                    budget.looked(*_trial_look(network, task, recipe))
+                    budget.looked(*_trial_look(network, task, recipe, budget.now))
                     pace.renew()
                     clock.start()
 
@@ -646,13 +646,13 @@ def _looks_after(recipe: Recipe, task: Task) -> int:
     return round(len(task.validation) * (networks + 1 + views)) + len(task.train_sample)
 
 
-def _trial_look(network: Classifier, task: Task, recipe: Recipe) -> tuple[int, float]:
+def _trial_look(network: Classifier, task: Task, recipe: Recipe, now: Callable[[], float]) -> tuple[int, float]:
     """How many images were evaluated for the time it takes, and the seconds: one batch's."""
     samples = task.train[: recipe.evaluate.batch]
-    began = time.perf_counter()
+    began = now()
     predict(network, task.store, samples, task.pipeline, recipe.evaluate.batch)
     machine.synchronize(task.device)
-    return len(samples), time.perf_counter() - began
+    return len(samples), now() - began
 
 
 def _of_all_frozen(network: Classifier) -> dict[str, int] | None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -18,7 +19,7 @@ from cifarlab import __version__
 from cifarlab.cli.ablate import ablate
 from cifarlab.cli.bench import bench
 from cifarlab.cli.board import board
-from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
+from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, parse_time, say
 from cifarlab.cli.data import data_app
 from cifarlab.cli.doctor import doctor
 from cifarlab.cli.lr_find import lr_find
@@ -28,6 +29,8 @@ from cifarlab.cli.verify import verify_resume
 from cifarlab.errors import CifarlabError, UsageError, printable
 
 if TYPE_CHECKING:
+    import torch
+
     from cifarlab.data.dataset import Dataset
     from cifarlab.recipe import Recipe
     from cifarlab.rundir import RunFolder
@@ -141,6 +144,12 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what was begun by the same command; what is finished stays.")
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="What each run may take in all, as in 10m: as many epochs as there is time for."
+        ),
+    ] = None,
 ) -> None:
     """Train and test a recipe; leaves a run folder for each dataset and seed.
 
@@ -152,18 +161,22 @@ def run(
 
       cifarlab run ex2-schedule --dataset cifar10 --seeds 3 --set train.epochs=10
     """
+    from cifarlab.budget import fit_to_be_timed
     from cifarlab.recipe import load_recipe
 
     if seed is not None and seeds is not None:
         raise UsageError("give --seed N (one run with that seed) or --seeds N (N runs), not both")
     plan = load_recipe(recipe, [*(set_ or []), *_tta_override(tta)])
+    seconds = None if budget is None else parse_time(budget, "--budget")
+    if seconds is not None:
+        plan = fit_to_be_timed(plan, set_ or [])
     first = plan.seed if seed is None else seed
     plans = [
         plan.resolved(dataset=name, seed=number)
         for name in dict.fromkeys(dataset or plan.datasets)
         for number in range(first, first + (seeds or 1))
     ]
-    _carry_out(plans, data, runs, device, profile=profile, histograms=histograms, resume=resume)
+    _carry_out(plans, data, runs, device, profile=profile, histograms=histograms, resume=resume, budget=seconds)
 
 
 @app.command("resume")
@@ -225,14 +238,13 @@ def _carry_out(
     profile: bool = False,
     histograms: bool = False,
     resume: bool = False,
+    budget: float | None = None,
     begun: Path | None = None,
 ) -> None:
     """Run recipes, or go on with one run that was begun. resume: go on with those of their runs that there are."""
     from cifarlab import distributed, machine
 
     machine.prepare()  # before torch is there
-    import time
-
     from cifarlab.cli.display import NoDisplay, RunDisplay
     from cifarlab.cli.tables import print_comparison
     from cifarlab.compare import compare
@@ -270,19 +282,20 @@ def _carry_out(
                             loaded = None  # two datasets at once may not fit
                             loaded = name, load(plan, folder, display.report)
                         run = run_experiment(
-                            plan, loaded[1], runs=runs, profile=profile, histograms=histograms, **common
+                            plan, loaded[1], runs=runs, profile=profile, histograms=histograms, budget=budget, **common
                         )
-                began = time.time()
                 if not shown:
                     pass
                 elif run.train_log()["status"] == "finished":
                     done.append(run)
                     _summary(console, run)
                     pages += _page(run)
+                    _remember_end(run, began, device)
                 else:
                     where = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)
                     where = subprocess.list2cmdline([where]) if os.name == "nt" else shlex.quote(where)
                     _complain(f"stopped; the run so far is in {run.path}; go on with: cifarlab resume {where}", 0)
+                began = time.time()
                 # One may have been sent a signal when the loop was over.
                 signals = [number for number in distributed.everyones(stop.signal) if number is not None]
                 if signals:
@@ -306,6 +319,18 @@ def _page(run: RunFolder) -> list[Path]:
     except CifarlabError as error:
         say(f"no page: {error}")
         return []
+
+
+def _remember_end(run: RunFolder, began: float, device: torch.device) -> None:
+    """What the end of a budgeted run took, besides evaluation, is what that of the next will."""
+    from cifarlab import machine
+    from cifarlab.budget import remember_finishing
+
+    budget, test = run.train_log().get("budget"), run.test_log()
+    if budget is None or test is None:
+        return
+    looks = test["test_time"] + (test["tta"]["test_time"] if test["tta"] is not None else 0.0)
+    remember_finishing(machine.identity(device), max(0.0, time.time() - began - budget["spent"] - looks))
 
 
 def _summary(console: Any, run: RunFolder) -> None:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, say
+from cifarlab.cli.common import DataOption, DeviceOption, SetOption, make_console, parse_time, say
 from cifarlab.errors import CifarlabError, RunError, UsageError
 
 if TYPE_CHECKING:
     from cifarlab.ablate import Conduct, Workers
 
 STUDIES = Path("studies")
-_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m)?\s*(?:(\d+(?:\.\d+)?)s)?")
 
 
 class Designs(StrEnum):
@@ -149,16 +148,6 @@ def _write_page(study: Path) -> None:
         say(f"page: {study / PAGE}")
     except CifarlabError as error:
         say(f"no page: {error}")
-
-
-def parse_time(text: str, option: str) -> float:
-    """`2h`, `90m`, `1h30m`, `45s` as seconds. Raises UsageError."""
-    found = _TIME.fullmatch(text.strip())
-    hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
-    total = 3600 * hours + 60 * minutes + seconds
-    if not 0 < total < 1e9:
-        raise UsageError(f"{option} {text}: expected a time such as 30s, 10m, 2h or 1h30m")
-    return total
 
 
 def check_name(name: str) -> str:

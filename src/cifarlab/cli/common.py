@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cifarlab.errors import printable
+from cifarlab.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,11 +28,22 @@ SetOption = Annotated[
 ]
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m)?\s*(?:(\d+(?:\.\d+)?)s)?")
 
 
 def say(text: str) -> None:
     """Print a line."""
     sys.stdout.write(printable(text) + "\n")
+
+
+def parse_time(text: str, option: str) -> float:
+    """`2h`, `90m`, `1h30m`, `45s` as seconds. Raises UsageError."""
+    found = _TIME.fullmatch(text.strip())
+    hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if not 0 < total < 1e9:
+        raise UsageError(f"{option} {text}: expected a time such as 30s, 10m, 2h or 1h30m")
+    return total
 
 
 def make_console() -> Console:
