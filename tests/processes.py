@@ -24,10 +24,13 @@ from cifarlab.batchnorm import SyncBatchNorm, running_statistics
 from cifarlab.board import Board
 from cifarlab.build import make_task
 from cifarlab.errors import RecipeError, RunError
+from cifarlab.feed import TrainingBatch, Whole
 from cifarlab.pruning import Pruning
 from cifarlab.recipe import load_recipe
 from cifarlab.recipe_sections import Prune
-from cifarlab.train import EpochSums, StopRequest, Task, TrainingBatch, TrainingStep, Whole
+from cifarlab.task import Task
+from cifarlab.train import EpochSums, StopRequest
+from cifarlab.training_step import TrainingStep
 from faults import _context
 from short_runs import CPU, Quiet, make_dataset, recipe, without_pictures
 

@@ -32,10 +32,12 @@ from cifarlab.build import make_task
 from cifarlab.data.batches import epoch_order
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.prepare import prepare
+from cifarlab.feed import first_pictures, make_batches
 from cifarlab.pace import BySteps
 from cifarlab.recipe import Recipe, flatten
 from cifarlab.rundir import RunFolder
-from cifarlab.train import StopRequest, Task, first_pictures, make_batches
+from cifarlab.task import Task
+from cifarlab.train import StopRequest
 from command import call
 from short_runs import CPU, Quiet, make_dataset, recipe, run
 

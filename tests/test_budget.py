@@ -17,6 +17,7 @@ from cifarlab.evaluate import predict
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
 from cifarlab.train import StopRequest
+from cifarlab.training_step import TrainingStep
 from short_runs import CPU, Quiet, make_dataset, recipe, without_pictures
 
 
@@ -41,7 +42,7 @@ class Machine:
 
     def timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Have everything that a run does take its time on this clock, and no other."""
-        take_step = train.TrainingStep.__call__
+        take_step = TrainingStep.__call__
 
         def slow_step(self_: Any, *arguments: Any) -> Any:
             self.take_step()
@@ -61,7 +62,7 @@ class Machine:
         def end(*_: Any, **__: Any) -> None:
             self.time += self.end
 
-        monkeypatch.setattr(train.TrainingStep, "__call__", slow_step)
+        monkeypatch.setattr(TrainingStep, "__call__", slow_step)
         for module in (train, experiment):
             monkeypatch.setattr(module, "predict", slow_predict)
         monkeypatch.setattr(fit, "measured_step", measured)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cifarlab import choices, experiment, files, machine, numerics, remembered, train
+from cifarlab import choices, experiment, files, machine, numerics, remembered, training_step
 from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError, RunError
@@ -113,14 +113,14 @@ def test_a_measured_step_knows_whether_it_fitted(monkeypatch: pytest.MonkeyPatch
     step = choices.measured_step(plan, prepared, CPU, None)
     step.run()
     assert step.whole()
-    original = train.backward
+    original = training_step.backward
 
     def small_memory(recipe: Any, task: Any, batch: Any, scaler: Any, accumulate: int) -> Any:
         if accumulate < 4:
             raise RuntimeError("DefaultCPUAllocator: not enough memory")
         return original(recipe, task, batch, scaler, accumulate)
 
-    monkeypatch.setattr(train, "backward", small_memory)
+    monkeypatch.setattr(training_step, "backward", small_memory)
     step = choices.measured_step(plan, prepared, CPU, None)
     step.run()
     assert not step.whole()

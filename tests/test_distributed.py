@@ -18,11 +18,12 @@ from cifarlab.batchnorm import running_statistics
 from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError
+from cifarlab.feed import TrainingBatch, Whole, deal, make_batches
 from cifarlab.models.chain import set_mode
 from cifarlab.pace import BySteps
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Backward, TrainingBatch, Whole, _seed_of, deal, make_batches
+from cifarlab.training_step import Backward, _seed_of
 from processes import (
     a_run,
     batch_norm,

@@ -14,7 +14,7 @@ from cifarlab.data.prepare import prepare
 from cifarlab.errors import RunError
 from cifarlab.evaluate import Predictions, Tta, predict
 from cifarlab.recipe import Recipe
-from cifarlab.train import Task
+from cifarlab.task import Task
 from short_runs import CPU, make_dataset, recipe
 
 IMAGES = 23  # none of the batches divides it

@@ -18,12 +18,13 @@ from cifarlab import choices
 from cifarlab.build import make_task
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import DivergedError, UsageError
+from cifarlab.feed import make_batches
 from cifarlab.lr_find import learning_rate_test, read_curve
 from cifarlab.models.chain import stage_ids
 from cifarlab.pace import BySteps
 from cifarlab.plots import learning_rate_curve
 from cifarlab.recipe import load_recipe
-from cifarlab.train import Task, make_batches
+from cifarlab.task import Task
 from command import call
 from short_runs import CPU, make_dataset, recipe
 

@@ -15,10 +15,11 @@ from cifarlab import build, train
 from cifarlab.data.batches import in_batches
 from cifarlab.data.prepare import prepare
 from cifarlab.errors import RecipeError
+from cifarlab.feed import TrainingBatch, make_batches
 from cifarlab.pace import BySteps
 from cifarlab.pruning import Pruned, Pruning
 from cifarlab.recipe_sections import Prune
-from cifarlab.train import EpochSums, TrainingBatch, make_batches
+from cifarlab.train import EpochSums
 from short_runs import CPU, make_dataset, recipe, run
 from test_tricks import gradients, make_batch
 

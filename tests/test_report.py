@@ -24,6 +24,7 @@ from cifarlab import cli, examples, metrics
 from cifarlab.build import make_task
 from cifarlab.data.prepare import Part, Prepared, prepare
 from cifarlab.errors import CifarlabError, NotARunError
+from cifarlab.feed import make_batches
 from cifarlab.pace import BySteps
 from cifarlab.recipe import flatten, load_recipe, parse_yaml
 from cifarlab.report import page
@@ -31,7 +32,6 @@ from cifarlab.report.data import PAGE, link, pareto, read_report, references, sc
 from cifarlab.report.facts import duration
 from cifarlab.rundir import RunFolder
 from cifarlab.study import StudyFolder
-from cifarlab.train import make_batches
 from command import call
 from made_up_runs import HOSTILE, a_thousand, make_many, make_run, make_study
 from short_runs import CPU, SMALL, make_dataset

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from cifarlab import experiment, numerics, train
+from cifarlab import experiment, numerics, train, training_step
 from cifarlab.data.dataset import Dataset
 from cifarlab.errors import DivergedError, NotARunError, RunError, StorageError
 from cifarlab.rundir import RunFolder, find_run_of, serialized
 from cifarlab.train import Progress, StopRequest
+from cifarlab.training_step import TrainingStep
 from command import call
 from short_runs import CPU, Quiet, make_dataset, recipe, run, without_times
 from watched_steps import SETTINGS
@@ -445,24 +446,24 @@ def test_the_best_weights_of_a_way_that_was_given_up_are_not_the_best(
 def diverging(monkeypatch: pytest.MonkeyPatch, rate: float, step: int = 9) -> None:
     """The loss of that step, from 0 on, is NaN for as long as the learning rate is that high."""
     bad = step
-    gradients = train.TrainingStep.set_gradients
+    gradients = TrainingStep.set_gradients
 
-    def spoiled(self: train.TrainingStep, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def spoiled(self: TrainingStep, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         loss, logits = gradients(self, batch, step)
         return loss * (torch.nan if step == bad and self.optimizer.param_groups[0]["lr"] > rate else 1), logits
 
-    monkeypatch.setattr(train.TrainingStep, "set_gradients", spoiled)
+    monkeypatch.setattr(TrainingStep, "set_gradients", spoiled)
 
 
 def test_a_loss_that_is_no_number_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[dict[str, Any]] = []
-    apply = train.apply_gradients
+    apply = training_step.apply_gradients
 
     def applied(recipe: Any, model: torch.nn.Module, *rest: Any) -> None:
         apply(recipe, model, *rest)
         steps.append({name: value.clone() for name, value in model.named_parameters()})
 
-    monkeypatch.setattr(train, "apply_gradients", applied)
+    monkeypatch.setattr(training_step, "apply_gradients", applied)
     diverging(monkeypatch, 0)
     with pytest.raises(DivergedError, match="step 10"):
         run(tmp_path, *PLAIN, *EXACT, dataset=a_dataset(), monkeypatch=monkeypatch)
@@ -681,16 +682,16 @@ def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(
     number: int, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The second comes in the middle of the step that the first lets finish."""
-    gradients, sent = train.TrainingStep.set_gradients, list[int]()
+    gradients, sent = TrainingStep.set_gradients, list[int]()
 
-    def disturbed(self: train.TrainingStep, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def disturbed(self: TrainingStep, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         if step >= 5 and not sent:
             for _ in range(2):
                 sent.append(step)
                 os.kill(os.getpid(), number)
         return gradients(self, batch, step)
 
-    monkeypatch.setattr(train.TrainingStep, "set_gradients", disturbed)
+    monkeypatch.setattr(TrainingStep, "set_gradients", disturbed)
     small = ["--set", "data.limit=1000", "--set", "train.checkpoint_every.steps=2", "--set", "train.epochs=1"]
     code_of, _, err = call(capsys, monkeypatch, "run", "ex1", "--dataset", "digits", "--runs", tmp_path, *small)
     assert code_of == code and "once more to leave at once" in err and len(sent) == 2
@@ -698,7 +699,7 @@ def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(
     assert folder.status == "stopped"
     assert [path.name for path in folder.checkpoints()] == ["step-2.pth", "step-4.pth"]
     assert folder.load_checkpoint("step-4.pth")["step"] == 4
-    monkeypatch.setattr(train.TrainingStep, "set_gradients", gradients)
+    monkeypatch.setattr(TrainingStep, "set_gradients", gradients)
     code_of, out, _ = call(capsys, monkeypatch, "resume", folder.path)
     assert code_of == 0 and "going on from step 4, bit for bit" in out
 

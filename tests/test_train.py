@@ -22,10 +22,11 @@ from cifarlab.data.dataset import Dataset, Images
 from cifarlab.data.prepare import prepare
 from cifarlab.data.split import balanced_limit
 from cifarlab.errors import DivergedError, NotARunError, RunError, StorageError
+from cifarlab.feed import TrainingBatch
 from cifarlab.models import build_model
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
-from cifarlab.train import PROFILE_STEPS, EpochSums, Progress, StopRequest, TrainingBatch
+from cifarlab.train import PROFILE_STEPS, EpochSums, Progress, StopRequest
 from short_runs import CPU, Quiet, make_dataset, normalised, recipe, run, without_times
 
 

@@ -18,11 +18,13 @@ from cifarlab.data.batches import in_batches
 from cifarlab.data.mixing import mix
 from cifarlab.data.prepare import prepare
 from cifarlab.evaluate import Classifier
+from cifarlab.feed import TrainingBatch, make_batches, total_weight
 from cifarlab.models import build_model
 from cifarlab.numerics import exact
 from cifarlab.pace import BySteps
 from cifarlab.rundir import RunFolder
-from cifarlab.train import Backward, EpochSums, TrainingBatch, backward, make_batches, total_weight
+from cifarlab.train import EpochSums
+from cifarlab.training_step import Backward, backward
 from short_runs import CPU, Quiet, make_dataset, normalised, recipe, run, without_times
 
 EVERY_STEP = ["train.checkpoint_every.steps=1", "train.keep=1000"]
@@ -426,16 +428,16 @@ def test_the_cache_of_a_later_run_is_as_large_as_that_of_the_first(monkeypatch: 
 
 
 def test_what_dropout_draws_depends_on_seed_and_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifarlab import train
+    from cifarlab import training_step
     from cifarlab.seeds import derive_seed
 
-    backward, drawn = train.backward, []
+    backward, drawn = training_step.backward, []
 
     def drawing(*arguments: Any) -> tuple[Tensor, Tensor]:
         drawn.append(torch.rand(3))
         return backward(*arguments)
 
-    monkeypatch.setattr(train, "backward", drawing)
+    monkeypatch.setattr(training_step, "backward", drawing)
     run(tmp_path, "train.epochs=2", "evaluate.test=false", monkeypatch=monkeypatch)
     wanted = [
         torch.rand(3, generator=torch.Generator().manual_seed(derive_seed(0, "step", step))) for step in range(12)

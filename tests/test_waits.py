@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifarlab import flops, train
+from cifarlab import feed, flops, train
 from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.models import racing
 from pretend_gpu import GPU, WaitError, pretended_gpu
@@ -65,16 +65,16 @@ def test_small_batches_are_augmented_several_at_a_time(
 
     with monkeypatch.context() as changed:
         changed.setattr(Pipeline, "train", counted)
-        changed.setattr(train, "AUGMENTED_PIXELS", pixels)
+        changed.setattr(feed, "AUGMENTED_PIXELS", pixels)
         changed.setattr(train, "first_pictures", lambda *_: None)
         watched(name, tmp_path, pytest.MonkeyPatch())
     assert asked == images
 
 
 def test_a_step_that_reads_its_loss_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    total_weight = train.total_weight
+    total_weight = feed.total_weight
 
-    def reading(batch: train.TrainingBatch, class_weights: Tensor | None) -> Tensor | int:
+    def reading(batch: feed.TrainingBatch, class_weights: Tensor | None) -> Tensor | int:
         batch.labels.max().item()
         return total_weight(batch, class_weights)
 

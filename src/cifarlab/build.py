@@ -25,7 +25,7 @@ from cifarlab.models.racing import WHITENING_IMAGES, fit_whitening
 from cifarlab.models.weights import Weights, load_weights
 from cifarlab.recipe import Recipe
 from cifarlab.recipe_sections import NumericsChoice
-from cifarlab.train import Average, Task
+from cifarlab.task import Average, Task
 
 
 def make_task(

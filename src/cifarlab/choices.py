@@ -21,13 +21,14 @@ from cifarlab.data.batches import epoch_order
 from cifarlab.data.prepare import Part, Prepared
 from cifarlab.download import Report
 from cifarlab.errors import RunError
+from cifarlab.feed import TrainingBatch, make_batch
 from cifarlab.models import outline
 from cifarlab.models.chain import set_mode
 from cifarlab.models.weights import Weights
 from cifarlab.pace import BySteps
 from cifarlab.recipe import Recipe, make_recipe
 from cifarlab.recipe_sections import NumericsChoice
-from cifarlab.train import TrainingBatch, TrainingStep, make_batch
+from cifarlab.training_step import TrainingStep
 
 # Batch sizes are tried from the smallest on; learning rates are meant for the one of reference.
 SMALLEST_BATCH, REFERENCE_BATCH = 32, 128

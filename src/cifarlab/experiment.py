@@ -40,7 +40,8 @@ from cifarlab.optim import parameter_groups
 from cifarlab.recipe import Recipe, flatten, make_recipe
 from cifarlab.recipe_sections import NumericsChoice, check_tta
 from cifarlab.rundir import RunFolder
-from cifarlab.train import SETBACK, Display, StopRequest, Task, mark, now, train
+from cifarlab.task import Task
+from cifarlab.train import SETBACK, Display, StopRequest, mark, now, train
 
 
 def check_plans(plans: Sequence[Recipe], runs: Path, device: torch.device, report: Report) -> None:

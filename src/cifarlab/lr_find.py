@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from cifarlab.errors import DivergedError, UsageError
+from cifarlab.feed import make_batches
 from cifarlab.models.chain import set_mode
 from cifarlab.optim import set_learning_rate
 from cifarlab.pace import BySteps
 from cifarlab.recipe import Recipe
 from cifarlab.schedule import Values
-from cifarlab.train import Task, TrainingStep, make_batches
+from cifarlab.task import Task
+from cifarlab.training_step import TrainingStep
 
 SMOOTHING = 0.9  # of the loss, as an exponential moving average without its bias
 TOO_HIGH = 4.0  # the test ends where the smoothed loss is so many times its lowest
