@@ -477,6 +477,27 @@ def test_a_study_is_on_the_page_with_its_verdicts(tmp_path: Path) -> None:
     assert "what augmentation is worth" in found.text and "to resolve 0.2 points" in found.text
 
 
+def test_runs_of_a_study_are_called_by_their_arms(tmp_path: Path) -> None:
+    make_study(tmp_path / "study", arms=2)
+    fields = ("schedule.name=cosine", "augment.flip=random", "augment.crop_padding=4")
+    make_run(tmp_path / "study" / "runs" / "00-baseline" / "0" / "x", count=10, epochs=2, pictures=False)
+    for seed in range(2):
+        place = tmp_path / "study" / "runs" / "01-arm" / str(seed) / "x"
+        make_run(place, *fields, seed=seed, count=10, epochs=2, pictures=False)
+    make_run(tmp_path / "another", *fields, seed=5, count=10, epochs=2, pictures=False)
+    report = read_report([tmp_path])
+    arm = report.studies[0][1].arms[1].name
+    assert arm.startswith("optimizer.lr=")
+    labels = [run.label for run in report.runs]
+    assert labels[1:] == ["baseline, seed 0", f"{arm}, seed 0", f"{arm}, seed 1"]
+    assert labels[0].startswith("ex1 (augment.flip=") and labels[0].endswith("), seed 5")
+    assert [run["name"] for run in script_data(report, tmp_path)["runs"]] == ["ex1", "baseline", arm, arm]
+    rows = {row.n: row.changes for row in report.rows}
+    assert rows[1] == "baseline" and rows[3].startswith("augment.flip=")  # the same recipe, in no arm, is among them
+    make_study(tmp_path / "later", arms=2, changes={"name": "another"})
+    assert read_report([tmp_path]).runs[1].label == "what augmentation is worth: baseline, seed 0"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [("{", "damaged"), ("[]", "damaged"), ('{"format": 1}', "damaged: name"), ("\udcff", "damaged")],

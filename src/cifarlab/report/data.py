@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,9 @@ class Run:
     """One run as the page shows it.
 
     accuracy, val_accuracy, tta_accuracy, ece, gap: fractions of 1; train_time: seconds. None is unknown. `problem` says
-    what is damaged. `train`, `test` and `environment` are its records, unchecked and empty where they can't be read;
-    `detail` is what the charts of its section are drawn from, None where it has no section.
+    what is damaged. arm: the name of the study's arm that it is a run of. `train`, `test` and `environment` are its
+    records, unchecked and empty where they can't be read; `detail` is what the charts of its section are drawn from,
+    None where it has no section.
     """
 
     number: int
@@ -59,13 +60,19 @@ class Run:
     entry: compare.Entry | None
     problem: str | None = None
     changes: str = ""
+    arm: str = ""
     page: Path | None = None
     detail: dict[str, Any] | None = None
 
     @property
+    def name(self) -> str:
+        """What it shares with the runs that differ by their seed, or by a field or two."""
+        return self.arm or self.experiment
+
+    @property
     def label(self) -> str:
-        changes = f" ({self.changes})" if self.changes else ""
-        return f"{self.experiment}{changes}" + (f", seed {self.seed}" if self.seed else "")
+        changes = f" ({self.changes})" if self.changes and not self.arm else ""
+        return f"{self.name}{changes}" + (f", seed {self.seed}" if self.seed else "")
 
 
 @dataclass
@@ -95,12 +102,27 @@ def read_report(places: Sequence[Path], *, detailed: int = DETAILED, pictured: i
     changes = {path: row.changes for row in report.rows for path in row.runs}
     for run in report.runs:
         run.changes = changes.get(str(run.folder.path), "")
+        run.arm = _arm(run.folder, report.studies)
         if run.problem is not None:
             report.problems.append(run.problem)
+    arms = {str(run.folder.path): run.arm for run in report.runs}
+    # A study's runs are many recipes that differ by a field each, which its arms are named by.
+    report.rows = [replace(row, changes=arms.get(row.runs[0]) or row.changes) for row in report.rows]
     best = sorted(report.runs, key=lambda run: (-_first(run.accuracy, run.val_accuracy, -1.0), run.number))
     for place, run in enumerate(best[:detailed]):
         run.detail = _detail(run, pictures=place < pictured, problems=report.problems)
     return report
+
+
+def _arm(folder: RunFolder, studies: Sequence[tuple[Path, Study]]) -> str:
+    """The arm of a study that a run belongs to, by where it lies; with the study's name where there are several."""
+    for path, study in studies:
+        own = folder.path.resolve()
+        if (runs := path.resolve() / "runs") in own.parents:
+            ident = own.relative_to(runs).parts[0]
+            name = next((arm.name for arm in study.arms if arm.id == ident), ident)
+            return printable(f"{study.name}: {name}" if len(studies) > 1 else name)[:300]
+    return ""
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -405,7 +427,7 @@ def link(path: Path, folder: Path) -> str:
 def _for_script(run: Run, folder: Path) -> dict[str, Any]:
     return {
         "label": run.label,
-        "name": run.experiment,
+        "name": run.name,
         "folder": printable(run.folder.path.name),
         "dataset": run.dataset,
         "accuracy": run.accuracy,
