@@ -216,3 +216,20 @@ def test_what_the_end_of_a_run_took_is_remembered() -> None:
     remember_finishing(key, 5.0)
     assert finishing_here(key) == 7.0 + budgets.LEAVING
     assert finishing_here({"device": "cuda"}) == budgets.FINISHING + budgets.LEAVING
+
+
+def test_a_validation_that_takes_all_the_time_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Machine(look=0.2)
+    watched = train._validate
+
+    def held_up(*arguments: Any) -> Any:
+        found = watched(*arguments)
+        if arguments[0] is not None and here.time > 60:
+            here.time = 110
+        return found
+
+    monkeypatch.setattr(train, "_validate", held_up)
+    folder = run(here, tmp_path, monkeypatch, 120)
+    epochs = folder.train_log()["epochs"]
+    assert sum(entry["val_accuracy"] is not None for entry in epochs) == 2 and epochs[-1]["val_accuracy"] is not None
+    assert folder.test_log() is not None

@@ -71,7 +71,7 @@ class Budget:
             self.per_look = seconds / images
 
     def allows_look(self, images: int, since: float) -> bool:
-        """Whether to validate in the course of a run. since: seconds of training since that was last done."""
+        """Whether to validate in the course of a run. since: seconds since that was last done."""
         return self.per_look is None or images * self.per_look <= LOOKS * since
 
     def allows(self, images: int, needed: int) -> bool:

@@ -253,7 +253,7 @@ def train(
         share = saved["share"] if saved is not None else 0.0
         pace = ByClock(total_steps, budget.for_steps, pixels, first_step=step, share=share)
         budget.looks_after = budget.looks_on_test + _looks_after(recipe, task)
-    looked_at = clock.seconds
+    looked_at = budget.now() if budget is not None else 0.0
     counted, counted_at = step, 0.0  # by the pace
     machine.reset_peak_memory(task.device)
     log: dict[str, Any] = {
@@ -387,14 +387,14 @@ def train(
                 val_loss = val_accuracy = ema_val_loss = ema_val_accuracy = None
                 networks = [network, *([average.network] if average else [])]
                 looks = len(task.validation) * len(networks) if task.validation is not None else 0
-                since = clock.seconds - looked_at
+                began_look = budget.now() if budget is not None else 0.0
+                since = began_look - looked_at
                 if budget is None or over or section.early_stopping or budget.allows_look(looks, since):
-                    began_look = budget.now() if budget is not None else 0.0
                     val_loss, val_accuracy = _validate(network, task, recipe)
                     ema_val_loss, ema_val_accuracy = _validate(average.network if average else None, task, recipe)
-                    looked_at = clock.seconds
                     if budget is not None:
-                        budget.looked(looks, budget.now() - began_look)
+                        looked_at = budget.now()
+                        budget.looked(looks, looked_at - began_look)
                 entry = {
                     "epoch": len(epochs) + 1,
                     "train_loss": train_loss,
@@ -419,6 +419,7 @@ def train(
                 epoch_began = clock.seconds
                 sums = EpochSums(task.device)
                 pace.renew()
+                over = over or (best is not None and pace.over(step))  # that took all the time that was left
 
             # Save.
             late = _is_late(recipe, clock.seconds - saved_at)
