@@ -286,6 +286,7 @@ def npy(array: Any, **replaced: str) -> bytes:
         npz(("logits.npy", b"")), npz(("logits.npy", npy(np.array(["text"])))),
         npz(("logits.npy", npy(np.zeros(2))))[:60],
     ],
+    ids=["empty", "not zipped", "few", "cut off", "objects", "order", "no header", "no array", "text", "cut zip"],
 )  # fmt: skip
 def test_arrays_of_any_kind_are_refused_in_a_sentence(content: bytes, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", pictures=False)
