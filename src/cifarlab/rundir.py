@@ -54,7 +54,7 @@ _TO_GO_ON: dict[str, type | tuple[type, ...]] = {
     "model": dict, "average": (dict, NoneType), "optimizer": dict, "scaler": (dict, NoneType), "epochs": list,
     "best": (dict, NoneType), "started": str, "setbacks": list, "train_time": float, "wall_time": float,
     "epoch_began": float, "sums": dict, "images": int, "flops": (int, NoneType), "accumulate": int,
-    "pruning": (dict, NoneType), "frozen": (dict, NoneType),
+    "pruning": (dict, NoneType), "frozen": (dict, NoneType), "share": float,
 }  # fmt: skip
 # What of that is JSON, in train.json or to be compared.
 _IN_JSON = ("recipe", "classes", "mean", "std", "data", "made_on", "epochs", "best", "started", "setbacks")
