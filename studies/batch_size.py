@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from study import Plan, Study
+from study import Plan, Study, add_arguments
 
 RECIPE, DATASET, BASE = "ex1", "cifar10", 128
 SIZES = (32, 64, 128, 256, 512, 1024)
@@ -25,10 +25,8 @@ SETTINGS = ("schedule={name: cosine}", "train.numerics=auto")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-10")
+    add_arguments(parser, "runs/batch-size")
     parser.add_argument("--studies", type=Path, default=Path("studies"), help="where the study's folder goes")
-    parser.add_argument("--runs", type=Path, default=Path("runs/batch-size"), help="where the runs that measure are")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=40, help="of training that each run gets")
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()

@@ -13,7 +13,7 @@ from cifarlab import budget as budgets
 from cifarlab import experiment, fit, numerics, plots, train
 from cifarlab.budget import Budget, finishing_here, fit_to_be_timed, remember_finishing, tolerance
 from cifarlab.errors import RunError, UsageError
-from cifarlab.evaluate import predict
+from cifarlab.evaluate import predict, views_of
 from cifarlab.recipe import load_recipe
 from cifarlab.rundir import RunFolder
 from cifarlab.train import StopRequest
@@ -33,11 +33,15 @@ class Machine:
     slower_from: float = float("inf")
     slower: float = 1.0
     time: float = 0.0
+    # Views of images that were evaluated since the last step.
+    looks: int = 0
+    given: Budget | None = None
 
     def now(self) -> float:
         return self.time
 
     def take_step(self) -> None:
+        self.looks = 0
         self.time += self.step * (self.slower if self.time >= self.slower_from else 1.0)
 
     def timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +53,9 @@ class Machine:
             return take_step(self_, *arguments)
 
         def slow_predict(network: Any, store: Any, samples: torch.Tensor, *rest: Any, **more: Any) -> Any:
-            self.time += self.look * len(samples)
+            looks = round(len(samples) * (views_of(more.get("tta"), None) or 1))
+            self.time += self.look * looks
+            self.looks += looks
             return predict(network, store, samples, *rest, **more)
 
         def measured(*_: Any) -> numerics.Step:
@@ -70,7 +76,8 @@ class Machine:
         monkeypatch.setattr(plots, "confusion_matrix", end)
 
     def budget(self, seconds: float | None, *_: Any) -> Budget | None:
-        return None if seconds is None else Budget(seconds, 0.0, finishing=self.end, now=self.now)
+        self.given = None if seconds is None else Budget(seconds, 0.0, finishing=self.end, now=self.now)
+        return self.given
 
 
 def run(
@@ -185,6 +192,8 @@ def test_a_run_that_goes_on_has_the_time_that_is_left(tmp_path: Path, monkeypatc
     assert abs(here.time - 100) <= 3
     assert folder.train_log()["status"] == "finished" and folder.train_log()["epochs"][-1]["lr"] < 1e-5
     assert any("of its 100 s are left" in text for text in said)
+    rates = [entry["lr"] for entry in folder.train_log()["epochs"]]
+    assert rates == sorted(rates, reverse=True)  # on from where it was
 
 
 def test_epochs_of_warm_up_are_a_tenth_of_a_run_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,3 +242,20 @@ def test_a_validation_that_takes_all_the_time_is_the_last(tmp_path: Path, monkey
     epochs = folder.train_log()["epochs"]
     assert sum(entry["val_accuracy"] is not None for entry in epochs) == 2 and epochs[-1]["val_accuracy"] is not None
     assert folder.test_log() is not None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("train.ema=0.9", "evaluate.tta=flip"), ("evaluate.tta=auto",), ("data.validation=0", "evaluate.test=false")],
+)
+def test_what_is_evaluated_after_the_last_step_was_foreseen(
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Machine()
+    folder = run(here, tmp_path, monkeypatch, 60, *overrides)
+    assert here.given is not None
+    spared = 0.0
+    if overrides == ("evaluate.tta=auto",):  # what it tries on validation is not all used on the test images
+        mode, images = folder.train_log()["tta"]["mode"], folder.environment()["data"]["images"]["test"]
+        spared = (views_of("auto", None) - views_of(mode, None)) * images
+    assert here.looks == here.given.looks_after - spared

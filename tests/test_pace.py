@@ -99,7 +99,8 @@ def test_what_large_images_take_is_guessed_by_their_pixels_until_it_is_known() -
 def test_one_step_that_waits_for_something_changes_little() -> None:
     clock = Clock()
     pace = ByClock(100, lambda: 60 - clock.time)
-    found = list(steps(pace, clock, lambda share, now: 5.0 if 30 <= now < 30.15 else 0.2))
+    found = list(steps(pace, clock, lambda share, now: 5.0 if 30.1 <= now < 30.3 else 0.2))
+    assert len(found) == pytest.approx(300 - 24, abs=1)  # it did wait
     shares = [share for _, share in found]
     strides = [after - before for before, after in itertools.pairwise(shares[1:])]
     assert max(strides) < 1.3 * min(strides)

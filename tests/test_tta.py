@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from cifarlab import build, experiment
 from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.errors import NotARunError, RecipeError
-from cifarlab.evaluate import Predictions, Tta, choose_tta, predict, with_tta
+from cifarlab.evaluate import UNSURE, Predictions, Tta, _views, choose_tta, predict, views_of, with_tta
 from cifarlab.models import build_model
 from cifarlab.rundir import RunFolder
 from cifarlab.seeds import derive_seed
@@ -224,3 +225,12 @@ def test_a_damaged_record_in_train_json_is_refused(
     with pytest.raises(NotARunError, match=r"train\.json is damaged: 'tta'"):
         experiment.score_run(folder.path, data_folder=None, device=CPU, report=lambda _: None)
     assert (folder.test_log() or {})["test_looks"] == 1
+
+
+@pytest.mark.parametrize("tta", ["flip", "crops", "diagonal", 7])
+def test_what_is_foreseen_of_views_is_how_many_there_are(tta: Tta) -> None:
+    pipeline: Any = SimpleNamespace(tta_shift=2, tta_shift_least=1, draw=lambda *_: None)
+    assert views_of(tta, None) == len(_views(pipeline, tta, 0, 10))
+    assert views_of(tta, 0.7) == UNSURE * views_of(tta, None)
+    assert views_of("auto", None) == views_of("flip", None) + views_of("crops", None)
+    assert views_of(None, None) == 0

@@ -41,12 +41,11 @@ class Budget:
         seconds: float,
         began: float,
         *,
-        planned: dict[str, Any] | None = None,
         finishing: float = FINISHING,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.seconds = seconds
-        self.planned = planned or {}
+        self.planned: dict[str, Any] = {}
         self.looks_after = self.looks_on_test = 0
         self.finishing = finishing
         self.per_look: float | None = None
@@ -107,13 +106,20 @@ def tolerance(seconds: float) -> float:
 
 def finishing_here(key: dict[str, Any]) -> float:
     """Seconds that the end of a run takes here, from earlier ones."""
-    found = remembered.recall({**key, "what": "finishing"})
-    return (float(found) if isinstance(found, int | float) and 0 <= found < 600 else FINISHING) + LEAVING
+    found = _remembered(key)
+    return (FINISHING if found is None else found) + LEAVING
 
 
 def remember_finishing(key: dict[str, Any], seconds: float) -> None:
     """Half of what is remembered is the newest."""
-    before = remembered.recall({**key, "what": "finishing"})
-    if isinstance(before, int | float) and 0 <= before < 600:
-        seconds = (before + seconds) / 2
-    remembered.remember({**key, "what": "finishing"}, seconds)
+    before = _remembered(key)
+    remembered.remember(_end_of(key), seconds if before is None else (before + seconds) / 2)
+
+
+def _remembered(key: dict[str, Any]) -> float | None:
+    found = remembered.recall(_end_of(key))
+    return float(found) if isinstance(found, int | float) and 0 <= found < 600 else None
+
+
+def _end_of(key: dict[str, Any]) -> dict[str, Any]:
+    return {**key, "what": "finishing"}

@@ -19,6 +19,7 @@ from cifarlab.data.augment import Draws, Pipeline
 from cifarlab.data.batches import Batch, ImageStore, in_batches
 from cifarlab.features import CacheKey, FrozenStages
 from cifarlab.numerics import Numerics
+from cifarlab.recipe import Recipe
 from cifarlab.seeds import derive_seed
 
 # The share of images that are unsure enough for a second look, where that is asked for; roughly.
@@ -160,6 +161,23 @@ def views_of(tta: Tta | Literal["auto"], below: float | None) -> float:
         return 0.0
     views = tta if isinstance(tta, int) else {"flip": 2, "crops": 10, "diagonal": 6, "auto": 12}[tta]
     return views * (1.0 if below is None else UNSURE)
+
+
+def looks_on_validation(recipe: Recipe, images: int, sample: int) -> int:
+    """How many images the end of training evaluates, each view of one counted; of so many for validation.
+
+    sample: how many training images there are, which overfitting is measured on.
+    """
+    networks = 1 if recipe.train.ema is None else 2
+    views = views_of(recipe.evaluate.tta, recipe.evaluate.tta_below)
+    return round(images * (networks + 1 + views)) + sample  # the last epoch's, and again those of the best
+
+
+def looks_on_test(recipe: Recipe, images: int) -> int:
+    """How many test images are evaluated, each view of one counted; of so many."""
+    if not recipe.evaluate.test:
+        return 0
+    return round(images * (1 + views_of(recipe.evaluate.tta, recipe.evaluate.tta_below)))
 
 
 class _View(NamedTuple):

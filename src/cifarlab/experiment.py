@@ -31,8 +31,8 @@ from cifarlab.data.prepare import Prepared, prepare
 from cifarlab.data.sources import dataset_shape, load_dataset
 from cifarlab.download import Report
 from cifarlab.errors import DivergedError, NotARunError, RecipeError, RunError, UsageError
-from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, with_tta
-from cifarlab.fit import fitted, looks_on_test
+from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, looks_on_test, predict, with_tta
+from cifarlab.fit import fitted
 from cifarlab.models import outline
 from cifarlab.models.chain import freeze
 from cifarlab.models.weights import Weights, find_weights, normalisation, put_back
@@ -188,7 +188,7 @@ def resume_experiment(
                     del task
                     limit = _budget(_seconds_of(started), device, process_started)
                     if limit is not None:
-                        limit.looks_on_test = looks_on_test(recipe, prepared)
+                        limit.looks_on_test = looks_on_test(recipe, len(prepared.test))
                         report(f"{max(0.0, limit.left()):.0f} of its {limit.seconds:.0f} s are left; not bit for bit")
                     _train(
                         *(recipe, prepared, weights, tasks, run, display, stop, process_started, report),
@@ -300,7 +300,7 @@ def _budget(seconds: float | None, device: torch.device, began: float) -> Budget
     if seconds is None:
         return None
     # The end of a run needs them: what importing them takes is known before training then.
-    for name in ("sklearn.metrics", "matplotlib.backends.backend_agg", "cifarlab.report.page"):
+    for name in ("sklearn.metrics", "matplotlib.backends.backend_agg"):
         importlib.import_module(name)
     return Budget(seconds, began, finishing=finishing_here(machine.identity(device)))
 

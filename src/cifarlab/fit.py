@@ -16,7 +16,7 @@ from cifarlab.choices import measured_step
 from cifarlab.data.prepare import Prepared
 from cifarlab.download import Report
 from cifarlab.errors import RunError
-from cifarlab.evaluate import views_of
+from cifarlab.evaluate import looks_on_test, looks_on_validation
 from cifarlab.models.weights import Weights
 from cifarlab.recipe import Recipe, make_recipe
 from cifarlab.recipe_base import Duration
@@ -50,8 +50,10 @@ def fitted(
     seconds = (budget.now() - began) / TIMED * _mean_pixels(recipe, prepared)
     del step
     machine.give_back_memory(device)
-    budget.looks_on_test = looks_on_test(recipe, prepared)
-    looks = budget.looks_on_test + (3 * len(prepared.validation) if prepared.validation is not None else 0)
+    budget.looks_on_test = looks = looks_on_test(recipe, len(prepared.test))
+    if prepared.validation is not None:
+        images = len(prepared.validation)
+        looks += looks_on_validation(recipe, images, min(images, len(prepared.train)))
     evaluation = looks * FORWARD * seconds / batch
     training = budget.left() - budget.finishing - evaluation
     steps = math.floor(training / seconds)
@@ -61,7 +63,8 @@ def fitted(
             f"{budget.seconds:.0f} s are not enough for '{recipe.name}' here: start, evaluation and writing take about "
             f"{least - seconds:.0f} s, and a step {seconds:.1f} s; give it more time, or take a smaller network"
         )
-    epochs = steps / math.ceil(len(prepared.train) / batch)
+    steps_per_epoch = math.ceil(len(prepared.train) / batch)
+    epochs = steps / steps_per_epoch
     budget.planned = {
         "epochs": epochs,
         "steps": steps,
@@ -74,7 +77,7 @@ def fitted(
         f"budget: {budget.seconds:.0f} s, of which {budget.spent():.0f} are spent and about {training:.0f} are for "
         f"training: {epochs:.2f} epochs"
     )
-    return _shortened(recipe.with_train(epochs=round(epochs, 4)), math.ceil(len(prepared.train) / batch), steps)
+    return _shortened(recipe.with_train(epochs=round(epochs, 4)), steps_per_epoch, steps)
 
 
 def _mean_pixels(recipe: Recipe, prepared: Prepared) -> float:
@@ -85,13 +88,6 @@ def _mean_pixels(recipe: Recipe, prepared: Prepared) -> float:
     pixels = [side * side if side is not None else math.prod(own) for _, side in shares]
     parts = [(end - begin) * size for (begin, _), end, size in zip(shares, ends, pixels, strict=True)]
     return sum(parts) / pixels[-1]
-
-
-def looks_on_test(recipe: Recipe, prepared: Prepared) -> int:
-    """How many test images are evaluated, each view of one counted."""
-    if not recipe.evaluate.test:
-        return 0
-    return round(len(prepared.test) * (1 + views_of(recipe.evaluate.tta, recipe.evaluate.tta_below)))
 
 
 def _shortened(recipe: Recipe, steps_per_epoch: int, steps: int) -> Recipe:

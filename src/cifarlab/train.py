@@ -26,7 +26,7 @@ from cifarlab.budget import Budget
 from cifarlab.data.batches import in_batches
 from cifarlab.download import Report
 from cifarlab.errors import DivergedError, NotARunError, RunError
-from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, predict, views_of, with_tta
+from cifarlab.evaluate import Classifier, Predictions, Tta, choose_tta, looks_on_validation, predict, with_tta
 from cifarlab.feed import TrainingBatch, first_pictures, make_batches, pipeline_at, total_weight
 from cifarlab.flops import TrainingFlops
 from cifarlab.models import parameter_count
@@ -252,7 +252,9 @@ def train(
         pixels = [(share, math.prod(pipeline.output_size)) for share, pipeline in task.pipelines]
         share = saved["share"] if saved is not None else 0.0
         pace = ByClock(total_steps, budget.for_steps, pixels, first_step=step, share=share)
-        budget.looks_after = budget.looks_on_test + _looks_after(recipe, task)
+        budget.looks_after = budget.looks_on_test
+        if task.validation is not None and task.train_sample is not None:
+            budget.looks_after += looks_on_validation(recipe, len(task.validation), len(task.train_sample))
     looked_at = budget.now() if budget is not None else 0.0
     counted, counted_at = step, 0.0  # by the pace
     machine.reset_peak_memory(task.device)
@@ -385,8 +387,7 @@ def train(
                 _refuse_bad_loss(sums, steps_per_epoch, run)
                 train_loss, train_accuracy = sums.of_all().means()
                 val_loss = val_accuracy = ema_val_loss = ema_val_accuracy = None
-                networks = [network, *([average.network] if average else [])]
-                looks = len(task.validation) * len(networks) if task.validation is not None else 0
+                looks = len(task.validation) * (1 if average is None else 2) if task.validation is not None else 0
                 began_look = budget.now() if budget is not None else 0.0
                 since = began_look - looked_at
                 if budget is None or over or section.early_stopping or budget.allows_look(looks, since):
@@ -550,15 +551,6 @@ def train(
     whole_log = log_so_far("finished")
     if distributed.is_first():
         run.write_train_log(whole_log)
-
-
-def _looks_after(recipe: Recipe, task: Task) -> int:
-    """How many images the end of training evaluates, each view of one counted."""
-    if task.validation is None or task.train_sample is None:
-        return 0
-    networks = 1 if task.average is None else 2
-    views = views_of(recipe.evaluate.tta, recipe.evaluate.tta_below)
-    return round(len(task.validation) * (networks + 1 + views)) + len(task.train_sample)
 
 
 def _trial_look(network: Classifier, task: Task, recipe: Recipe, now: Callable[[], float]) -> tuple[int, float]:

@@ -161,7 +161,6 @@ def run(
 
       cifarlab run ex2-schedule --dataset cifar10 --seeds 3 --set train.epochs=10
     """
-    from cifarlab.budget import fit_to_be_timed
     from cifarlab.recipe import load_recipe
 
     if seed is not None and seeds is not None:
@@ -169,6 +168,8 @@ def run(
     plan = load_recipe(recipe, [*(set_ or []), *_tta_override(tta)])
     seconds = None if budget is None else parse_time(budget, "--budget")
     if seconds is not None:
+        from cifarlab.budget import fit_to_be_timed
+
         plan = fit_to_be_timed(plan, set_ or [])
     first = plan.seed if seed is None else seed
     plans = [

@@ -97,12 +97,15 @@ def read_report(places: Sequence[Path], *, detailed: int = DETAILED, pictured: i
         except NotARunError as error:
             report.problems.append(printable(str(error)))
     found = {run.path.resolve(): run for place in places for run in _runs(place)}
-    report.runs = [_read(number, found[key]) for number, key in enumerate(sorted(found))]
+    resolved = sorted(found)
+    report.runs = [_read(number, found[key]) for number, key in enumerate(resolved)]
+    studied = [(path.resolve() / "runs", study) for path, study in report.studies]
+    for run, own in zip(report.runs, resolved, strict=True):
+        run.arm = _arm(own, studied)
     report.rows = compare.fold([run.entry for run in report.runs if run.entry is not None])
     changes = {path: row.changes for row in report.rows for path in row.runs}
     for run in report.runs:
         run.changes = changes.get(str(run.folder.path), "")
-        run.arm = _arm(run.folder, report.studies)
         if run.problem is not None:
             report.problems.append(run.problem)
     arms = {str(run.folder.path): run.arm for run in report.runs}
@@ -114,12 +117,14 @@ def read_report(places: Sequence[Path], *, detailed: int = DETAILED, pictured: i
     return report
 
 
-def _arm(folder: RunFolder, studies: Sequence[tuple[Path, Study]]) -> str:
-    """The arm of a study that a run belongs to, by where it lies; with the study's name where there are several."""
-    for path, study in studies:
-        own = folder.path.resolve()
-        if (runs := path.resolve() / "runs") in own.parents:
-            ident = own.relative_to(runs).parts[0]
+def _arm(place: Path, studies: Sequence[tuple[Path, Study]]) -> str:
+    """The arm that a run belongs to, by where it lies; with the study's name where there are several.
+
+    studies: the folder of each one's runs. It and `place` are resolved.
+    """
+    for runs, study in studies:
+        if runs in place.parents:
+            ident = place.relative_to(runs).parts[0]
             name = next((arm.name for arm in study.arms if arm.id == ident), ident)
             return printable(f"{study.name}: {name}" if len(studies) > 1 else name)[:300]
     return ""
